@@ -1,0 +1,1 @@
+"""Engines: how weights are held, differentiated and updated."""

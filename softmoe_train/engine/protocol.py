@@ -1,0 +1,36 @@
+"""This file owns what the loop may ask of an engine."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from softmoe_train.data.batch import Batch
+
+
+class GradStats(NamedTuple):
+    """What an update saw, as tensors on the device: reading them is the log's business."""
+
+    norm: Tensor  # global gradient norm before the clip, float32
+    skipped: Tensor  # 1.0 where the norm was not finite and the update was a no-op
+
+
+class Engine(Protocol):
+    """Holds weights, gradients and optimizer state, whatever their layout."""
+
+    module: nn.Module
+
+    def forward_backward(self, batch: Batch, *, last: bool) -> Tensor:
+        """Add the gradients of one micro-batch; returns this rank's share of the mean loss, float32, detached."""
+        ...
+
+    def update(self, lr: float) -> GradStats:
+        """Reduce, clip, step, and forget the gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that resumes, by layout-free name; the tensors share storage with the engine."""
+        ...
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what was read into the tensors of `state_dict()`."""
+        ...

@@ -1,0 +1,1 @@
+"""Parameter groups, schedules and optimizers; knows nothing of processes."""
