@@ -1,0 +1,53 @@
+"""This file owns how a failure is reported: one error naming every problem, raised alike on every rank."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, trusted or loaded; `problems` holds one line per cause."""
+
+    def __init__(self, what: str, problems: Sequence[str]) -> None:
+        super().__init__(what, list(problems))  # both as args, so that the error survives pickling between ranks
+        self.what = what
+        self.problems = list(problems)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.what}:", *(f"  - {problem}" for problem in self.problems)])
+
+
+def problems_of(error: BaseException, rank: int) -> list[str]:
+    """The lines that report `error`, raised on `rank`; a CheckpointError's lines pass unchanged."""
+    if isinstance(error, CheckpointError):
+        return error.problems
+    return [f"rank {rank}: {type(error).__name__}: {error}"]
+
+
+def agree(what: str, stage: Callable[[], T], rank: int, group: dist.ProcessGroup | None) -> T:
+    """Run `stage` on every rank and return its result; if it fails on any, raise CheckpointError on all."""
+    result, cause, problems = None, None, []
+    try:
+        result = stage()
+    except Exception as error:
+        cause, problems = error, problems_of(error, rank)
+    if group is not None:
+        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered, problems, group=group)
+        problems = list(dict.fromkeys(line for lines in gathered for line in lines))
+    if problems:
+        raise CheckpointError(what, problems) from cause
+    return result  # type: ignore[return-value]
+
+
+def from_rank_0(what: str, stage: Callable[[], T], rank: int, group: dist.ProcessGroup | None) -> T:
+    """Run `stage` on rank 0 alone and return its result on every rank; if it fails, raise CheckpointError on all."""
+    result = agree(what, lambda: stage() if rank == 0 else None, rank, group)
+    if group is None:
+        return result  # type: ignore[return-value]
+    box = [result]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]  # type: ignore[return-value]

@@ -1,0 +1,71 @@
+"""This file owns the folders on disk: their names, JSON that is whole or absent, deletion that begins with the mark."""
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from softmoe_train.checkpoint.manifest import MARK
+
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+log = logging.getLogger(__name__)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies under `folder`."""
+    return folder / f"step_{step:08d}"
+
+
+def step_folders(folder: Path, *, complete: bool) -> list[Path]:
+    """The step folders under `folder` with (or without) the completion mark, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = [
+        (int(match[1]), path)
+        for path in folder.iterdir()
+        if (match := STEP_FOLDER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+    ]
+    return [path for _, path in sorted(found) if (path / MARK).is_file() == complete]
+
+
+def step_of(path: Path) -> int:
+    """The step in a step folder's name."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a kill at any instant leaves it whole or absent, and flush it to the disk."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Make the names in a folder as lasting as the files they name."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def delete(path: Path) -> None:
+    """Delete a step folder, mark first: whatever is left of it after a kill does not exist for the loader."""
+    (path / MARK).unlink(missing_ok=True)
+    flush_folder(path)
+    shutil.rmtree(path)
+
+
+def delete_or_warn(path: Path) -> None:
+    """Delete a step folder that is in nobody's way; a failure is reported, and the next save tries again."""
+    try:
+        delete(path)
+    except OSError as error:
+        log.warning("%s could not be deleted: %s", path, error)

@@ -1,0 +1,101 @@
+"""This file owns loading: what a rank needs, whether it is all there, and then the copy into the rank's own tensors.
+
+Three stages, each finished on every rank before the next begins: coverage (nothing is opened but JSON), hashes (each
+chunk that a rank needs is read once through a buffer), copy (the needed rows are read again, now from the page cache,
+straight into the target). Two passes cost a second read but keep host memory at one buffer, and no target is touched
+before all that every rank needs is known to be good.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from softmoe_train.checkpoint.agreement import CheckpointError
+from softmoe_train.checkpoint.layout import Box, local_box, overlap, within
+from softmoe_train.checkpoint.manifest import Manifest, StoredChunk, StoredTensor, contents
+from softmoe_train.checkpoint.shards import chunk_fault, read_part
+
+
+class Read(NamedTuple):
+    """A part of a stored chunk, and the target (this rank's box of the tensor) that it belongs into."""
+
+    name: str
+    tensor: StoredTensor
+    chunk: StoredChunk
+    part: Box
+    held: Box
+
+
+def plan_reads(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor | DTensor], prefix: str) -> list[Read]:
+    """What this rank must read to fill `tensors`, file by file; raises CheckpointError with every problem at once."""
+    stored = {name: tensor for name, tensor in manifest.tensors.items() if name.startswith(prefix)}
+    problems = [f"{name} is asked for but not in the checkpoint" for name in tensors if name not in stored]
+    problems += [f"{name} is in the checkpoint but nothing here takes it" for name in stored if name not in tensors]
+    reads: list[Read] = []
+    for name in sorted(set(tensors) & set(stored)):
+        try:
+            reads += _reads_of(name, stored[name], tensors[name])
+        except CheckpointError as error:
+            problems += error.problems
+    reads.sort(key=lambda read: (read.chunk.file, read.chunk.start))
+    problems += [
+        f"{file} {fault}; it holds {contents(manifest, file)}"
+        for file in sorted({read.chunk.file for read in reads})
+        if (fault := file_fault(path / file, manifest.files[file]))
+    ]
+    if problems:
+        raise CheckpointError(f"{path} cannot be loaded", problems)
+    return reads
+
+
+def check_hashes(path: Path, reads: list[Read]) -> None:
+    """Read every chunk that `reads` need and compare its hash; raises CheckpointError naming each that differs."""
+    problems = []
+    for file, of_file in _by_file(reads):
+        chunks = {read.chunk.start: read for read in of_file}
+        with (path / file).open("rb") as handle:
+            faults = [chunk_fault(handle, read.name, read.tensor, read.chunk) for read in chunks.values()]
+        problems += [fault for fault in faults if fault]
+    if problems:
+        raise CheckpointError(f"{path} is damaged", problems)
+
+
+def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTensor]) -> None:
+    """Fill `tensors` in place from checked files."""
+    with torch.no_grad():
+        for file, of_file in _by_file(reads):
+            with (path / file).open("rb") as handle:
+                for read in of_file:
+                    tensor = tensors[read.name]
+                    # This rank's own part, placed as it is: nothing is reduced, so no gradient placement matters.
+                    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                    target = local.detach()[within(read.part, read.held)]
+                    read_part(handle, read.tensor, read.chunk, read.part, target)
+
+
+def file_fault(path: Path, size: int) -> str | None:
+    """Why a file cannot hold what the manifest says, or None; opens nothing."""
+    if path.is_symlink() or not path.is_file():
+        return "is missing"
+    held = path.stat().st_size
+    return None if held == size else f"has {held} bytes, not {size}"
+
+
+def _reads_of(name: str, stored: StoredTensor, tensor: Tensor | DTensor) -> list[Read]:
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    if (shape, dtype) != (stored.shape, stored.dtype):
+        fault = f"{name} is {stored.dtype} {stored.shape} in the checkpoint but {dtype} {shape} here"
+        raise CheckpointError("different tensors", [fault])
+    held = local_box(name, tensor)
+    parts = [(chunk, overlap(held, chunk.box)) for chunk in stored.chunks]
+    return [Read(name, stored, chunk, part, held) for chunk, part in parts if part is not None]
+
+
+def _by_file(reads: list[Read]) -> Iterator[tuple[str, list[Read]]]:
+    for file, of_file in groupby(reads, key=lambda read: read.chunk.file):
+        yield file, list(of_file)

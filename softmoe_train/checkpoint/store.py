@@ -1,0 +1,183 @@
+"""This file owns the checkpoints of a run: save, latest, load, and which of them are kept.
+
+A kill at any instant leaves a step folder with its completion mark and everything the mark speaks for, or without the
+mark; without it the folder does not exist for `latest` and `load`. The order of a save makes it so: every rank's file
+is written and flushed, then the documents and the manifest, then the mark; only then is an older checkpoint deleted.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from softmoe_train.checkpoint.agreement import CheckpointError, agree, from_rank_0
+from softmoe_train.checkpoint.folder import (
+    delete,
+    delete_or_warn,
+    flush_folder,
+    step_folder,
+    step_folders,
+    step_of,
+    write_whole,
+)
+from softmoe_train.checkpoint.layout import local_box
+from softmoe_train.checkpoint.manifest import (
+    DOCUMENT_NAME,
+    DTYPES,
+    JSON,
+    MANIFEST,
+    MARK,
+    Manifest,
+    Mark,
+    read_hashed,
+    read_manifest,
+    read_mark,
+    to_json,
+)
+from softmoe_train.checkpoint.reader import check_hashes, copy_reads, file_fault, plan_reads
+from softmoe_train.checkpoint.writer import write_tensors
+from softmoe_train.config import Record
+
+T = TypeVar("T")
+
+
+class CheckpointConfig(Record):
+    """When to save and how much to keep."""
+
+    every: Annotated[int, Field(ge=0)]  # steps; 0 saves only at the end
+    keep_last: Annotated[int, Field(ge=1)]  # complete checkpoints
+
+
+class CheckpointStore:
+    """The checkpoints under one folder; every method is called by every rank and raises CheckpointError on all alike.
+
+    `group` is a Gloo group of all `world` ranks that nothing else uses meanwhile; None where there is one process.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, rank: int, world: int, group: dist.ProcessGroup | None) -> None:
+        assert keep_last >= 1, keep_last
+        assert world == (1 if group is None else dist.get_world_size(group)), (world, group)
+        self.folder = folder
+        self.keep_last = keep_last
+        self.rank = rank
+        self.world = world
+        self.group = group
+
+    def save(self, step: int, tensors: Mapping[str, Tensor | DTensor], documents: Mapping[str, JSON]) -> Path:
+        """Save the state of `step` and return its folder; `documents` (rank 0's) become `<name>.json`.
+
+        A plain tensor is the same on every rank. A step that is complete already is left as it is: the state at a
+        step is a function of the run, and replacing it would leave an instant without it.
+        """
+        path = step_folder(self.folder, step)
+        what = f"{path} was not saved"
+        self._agree(what, lambda: _refuse_unfit(tensors))
+        texts = self._from_rank_0(what, lambda: self._prepare(path, documents))
+        if texts is None:
+            return path
+        manifest = write_tensors(path, tensors, self.rank, self.group)
+        self._from_rank_0(what, lambda: self._complete(path, step, manifest, texts))
+        self._from_rank_0(f"retention in {self.folder}", self._retain)
+        return path
+
+    def latest(self) -> Path | None:
+        """The folder of the newest complete checkpoint, or None; what has no completion mark does not exist."""
+        found = self._from_rank_0(f"listing {self.folder}", lambda: step_folders(self.folder, complete=True)[-1:])
+        return found[0] if found else None
+
+    def read_documents(self, path: Path) -> dict[str, JSON]:
+        """The JSON documents of the checkpoint `path`, each checked against the completion mark."""
+        return self._agree(f"{path} cannot be read", lambda: read_documents(path))
+
+    def load(self, path: Path, tensors: Mapping[str, Tensor | DTensor], *, prefix: str = "") -> None:
+        """Fill `tensors` in place from the checkpoint `path`, saved at whatever world size and layout.
+
+        Every stored tensor whose name begins with `prefix` must be asked for, and none besides. All that is missing
+        or different is reported at once, and every byte that any rank needs is checked, before a tensor is touched.
+        """
+        what = f"{path} cannot be loaded"
+        reads = self._agree(what, lambda: plan_reads(path, read_manifest(path, read_mark(path)), tensors, prefix))
+        self._agree(what, lambda: check_hashes(path, reads))
+        self._agree(
+            f"{path} failed while it was loaded: the state is undefined", lambda: copy_reads(path, reads, tensors)
+        )
+
+    def _prepare(self, path: Path, documents: Mapping[str, JSON]) -> dict[str, bytes] | None:
+        """On rank 0: make way for a save; returns the documents' bytes, or None where the step is complete already."""
+        texts = _texts(documents)
+        complete = step_folders(self.folder, complete=True)
+        if path in complete:
+            return None
+        if complete and step_of(complete[-1]) > step_of(path):
+            rule = "a resume would take the newer one; delete it or save into another folder"
+            raise CheckpointError("out of order", [f"{complete[-1].name} is newer than {path.name}: {rule}"])
+        for stale in step_folders(self.folder, complete=False):
+            (delete if stale == path else delete_or_warn)(stale)
+        path.mkdir(parents=True)
+        flush_folder(self.folder)
+        return texts
+
+    def _complete(self, path: Path, step: int, manifest: Manifest | None, texts: Mapping[str, bytes]) -> None:
+        """On rank 0: write all that is not tensors, the mark last."""
+        assert manifest is not None, "rank 0 holds the manifest"
+        unseen = [
+            f"{file} {fault}" for file, size in manifest.files.items() if (fault := file_fault(path / file, size))
+        ]
+        if unseen:
+            remedy = "rank 0 does not see what other ranks wrote; the folder must be on a file system that all share"
+            raise CheckpointError("not shared", [*unseen, remedy])
+        for name, text in texts.items():
+            write_whole(path / f"{name}.json", text)
+        text = manifest.model_dump_json().encode()
+        write_whole(path / MANIFEST, text)
+        hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+        mark = Mark(version=1, step=step, world=self.world, manifest=hashlib.sha256(text).hexdigest(), documents=hashes)
+        write_whole(path / MARK, mark.model_dump_json(indent=1).encode())
+
+    def _retain(self) -> None:
+        for old in step_folders(self.folder, complete=True)[: -self.keep_last]:
+            delete_or_warn(old)
+
+    def _agree(self, what: str, stage: Callable[[], T]) -> T:
+        return agree(what, stage, self.rank, self.group)
+
+    def _from_rank_0(self, what: str, stage: Callable[[], T]) -> T:
+        return from_rank_0(what, stage, self.rank, self.group)
+
+
+def read_documents(path: Path) -> dict[str, JSON]:
+    """The JSON documents of the checkpoint `path`, each checked against the completion mark; for one process."""
+    hashes = read_mark(path).documents
+    return {name: json.loads(read_hashed(path / f"{name}.json", sha256)) for name, sha256 in hashes.items()}
+
+
+def _texts(documents: Mapping[str, JSON]) -> dict[str, bytes]:
+    taken = (MARK.lower(), MANIFEST)
+    wrong = [name for name in documents if not DOCUMENT_NAME.fullmatch(name) or f"{name}.json" in taken]
+    if wrong:
+        rule = f"a document's name matches {DOCUMENT_NAME.pattern} and {', '.join(taken)} are taken"
+        raise CheckpointError("not a name", [f"document {name!r}: {rule}" for name in wrong])
+    return {name: to_json(value, name) for name, value in documents.items()}
+
+
+def _refuse_unfit(tensors: Mapping[str, Tensor | DTensor]) -> None:
+    problems = []
+    for name, tensor in tensors.items():
+        if not name or name == "__metadata__":
+            problems.append(f"{name!r} is no name for a tensor")
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            problems.append(f"{name} has dtype {tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}")
+        if tensor.is_meta:
+            problems.append(f"{name} is on the meta device: it has no values")
+        try:
+            local_box(name, tensor)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems or not tensors:
+        raise CheckpointError("unfit", problems or ["there is no tensor to save"])

@@ -1,0 +1,247 @@
+"""A checkpoint saved by real ranks at one layout loads bit-equal at another, and a failing rank fails them all."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from softmoe_train.checkpoint import CheckpointError, CheckpointStore, verify
+from tests.ranks.launch import RankFailedError, run_ranks
+
+E, D, H = 8, 6, 5  # experts, width, hidden
+EXPERTS = "model.blocks.1.moe.experts.w1"
+Problems = tuple[list[str], bool]
+
+
+def truth() -> dict[str, Tensor]:
+    """What is saved, as whole tensors, every element its own value."""
+    return {
+        EXPERTS: torch.arange(E * D * H).view(E, D, H).float(),
+        "optimizer.exp_avg.blocks.1.moe.experts.w1": torch.arange(E * D * H).view(E, D, H).float().neg(),
+        "model.blocks.0.attn.qkv.weight": torch.arange(7 * D).view(7, D).float() / 3,  # uneven over 2 and 4
+        "model.blocks.0.mlp.weight": torch.arange(D * 8).view(D, 8).float() / 7,
+        "model.half": torch.arange(11).bfloat16() / 3,
+        "model.router.scale": torch.tensor([1.5]),
+        "loop.seen": torch.tensor(2**40 + 1),
+        "loop.flags": torch.tensor([True, False, True]),
+    }
+
+
+def placed(full: dict[str, Tensor], world: int, axis: int) -> dict[str, Tensor]:
+    """The same tensors as an engine at this layout holds them: experts on ep, then fully_shard over expert_dp."""
+    if world == 1:
+        return {name: tensor.clone() for name, tensor in full.items()}
+    mesh = init_device_mesh("cpu", (world // axis, axis), mesh_dim_names=("expert_dp", "ep"))
+    flat = init_device_mesh("cpu", (world,))
+    out: dict[str, Tensor] = {}
+    for name, tensor in full.items():
+        if ".experts." in name:
+            out[name] = _expert(tensor, mesh)
+        elif name.endswith("qkv.weight"):
+            out[name] = distribute_tensor(tensor.clone(), flat, [Shard(0)], src_data_rank=None)
+        elif name.endswith("mlp.weight"):
+            out[name] = distribute_tensor(tensor.clone(), mesh, [Replicate(), Shard(1)], src_data_rank=None)
+        else:
+            out[name] = tensor.clone()
+    return out
+
+
+def _expert(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    unit = nn.Module()
+    on_ep = distribute_tensor(tensor.clone(), mesh["ep"], [Shard(0)], src_data_rank=None)
+    unit.weight = nn.Parameter(on_ep)
+    if mesh["expert_dp"].size() > 1:
+        fully_shard(unit, mesh=mesh["expert_dp"])
+    return unit.weight.data
+
+
+def store_at(folder: str, rank: int, world: int, keep_last: int = 3) -> CheckpointStore:
+    return CheckpointStore(
+        Path(folder), keep_last=keep_last, rank=rank, world=world, group=None if world == 1 else dist.group.WORLD
+    )
+
+
+def _save(rank: int, world: int, folder: str, axis: int) -> tuple[str, str]:
+    tensors = placed(truth(), world, axis)
+    path = store_at(folder, rank, world).save(200, tensors, {"config": {"seed": 1}, "loop": {"step": 200}})
+    placements = tensors[EXPERTS].placements if isinstance(tensors[EXPERTS], DTensor) else ()
+    return str(path), str(placements)
+
+
+def _load(rank: int, world: int, folder: str, axis: int) -> tuple[list[str], set[str], dict]:
+    """The names whose local part differs from the truth, the shard files opened, and the documents."""
+    store = store_at(folder, rank, world)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in truth().items()}
+    tensors, expected = placed(zeros, world, axis), placed(truth(), world, axis)
+    path = store.latest()
+    assert path is not None
+    opened: set[str] = set()
+    sys.addaudithook(lambda event, args: opened.add(Path(str(args[0])).name) if event == "open" else None)
+    store.load(path, tensors)
+    documents = store.read_documents(path)
+    wrong = [name for name in tensors if not torch.equal(_local(tensors[name]), _local(expected[name]))]
+    return wrong, {name for name in opened if name.endswith(".safetensors")}, documents
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, str]]]:
+    """A checkpoint of 4 ranks at expert axis 2, and what each rank returned."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, run_ranks(_save, 4, str(folder), 2)
+
+
+def test_a_save_at_4_ranks_is_strided_and_has_no_fault(saved: tuple[Path, list[tuple[str, str]]]) -> None:
+    folder, returned = saved
+    assert [path for path, _ in returned] == [str(folder / "step_00000200")] * 4
+    assert "StridedShard" in returned[0][1]
+    assert verify(folder / "step_00000200") == []
+
+
+@pytest.mark.parametrize(("world", "axis"), [(2, 1), (2, 2), (4, 4)])
+def test_it_loads_bit_equal_at_another_layout(saved: tuple[Path, list[tuple[str, str]]], world: int, axis: int) -> None:
+    for wrong, _, documents in run_ranks(_load, world, str(saved[0]), axis):
+        assert wrong == []
+        assert documents == {"config": {"seed": 1}, "loop": {"step": 200}}
+
+
+def test_it_loads_bit_equal_in_one_process(saved: tuple[Path, list[tuple[str, str]]]) -> None:
+    wrong, _, _ = _load(0, 1, str(saved[0]), 1)
+    assert wrong == []
+
+
+def _refusals(rank: int, world: int, folders: dict[str, str]) -> dict[str, Problems]:
+    """For each damaged folder: the problems that the load reports, and whether every target stayed untouched."""
+    found = {}
+    for damage, folder in folders.items():
+        store = store_at(folder, rank, world)
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in truth().items()}
+        tensors = placed(zeros, world, axis=1)
+        with pytest.raises(CheckpointError) as error:
+            store.load(Path(folder) / "step_00000200", tensors)
+        untouched = all(not _local(tensor).any() for tensor in tensors.values())
+        found[damage] = (error.value.problems, untouched)
+    return found
+
+
+def _first_byte(path: Path, name: str, file: str) -> int:
+    chunks = json.loads((path / "manifest.json").read_text())["tensors"][name]["chunks"]
+    return next(chunk["start"] for chunk in chunks if chunk["file"] == file)
+
+
+def test_damage_that_one_rank_meets_is_reported_by_all_before_anything_is_written(
+    saved: tuple[Path, list[tuple[str, str]]], tmp_path: Path
+) -> None:
+    source = saved[0] / "step_00000200"
+    folders = {}
+    for damage in ("missing", "truncated", "flipped"):
+        folder = tmp_path / damage
+        (folder / source.name).mkdir(parents=True)
+        for file in source.iterdir():
+            (folder / source.name / file.name).write_bytes(file.read_bytes())
+        file = folder / source.name / "rank_00003.safetensors"  # experts 6 and 7, which only rank 1 of 2 needs
+        data = bytearray(file.read_bytes())
+        if damage == "missing":
+            file.unlink()
+        elif damage == "truncated":
+            file.write_bytes(data[:-1])
+        else:
+            data[_first_byte(source, EXPERTS, file.name)] ^= 1
+            file.write_bytes(data)
+        folders[damage] = str(folder)
+    ranks = run_ranks(_refusals, 2, folders)
+    assert ranks[0] == ranks[1]
+    assert all(untouched for _, untouched in ranks[0].values())
+    for damage, words in {"missing": "is missing", "truncated": "bytes, not", "flipped": "sha256"}.items():
+        (line,) = ranks[0][damage][0]
+        assert "rank_00003.safetensors" in line
+        assert words in line
+        assert f"experts 6..7 of {EXPERTS}" in line
+
+
+def _opened_by_a_matching_load(rank: int, world: int, folder: str) -> set[str]:
+    full = {EXPERTS: truth()[EXPERTS]}
+    store = store_at(folder, rank, world)
+    store.save(1, placed(full, world, axis=2), {})
+    path = store.latest()
+    assert path is not None
+    tensors = placed(full, world, axis=2)
+    opened: set[str] = set()
+    sys.addaudithook(lambda event, args: opened.add(Path(str(args[0])).name) if event == "open" else None)
+    store.load(path, tensors)
+    return {name for name in opened if name.endswith(".safetensors")}
+
+
+def test_a_rank_opens_only_the_files_that_it_needs(tmp_path: Path) -> None:
+    opened = run_ranks(_opened_by_a_matching_load, 2, str(tmp_path))
+    assert opened == [{"rank_00000.safetensors"}, {"rank_00001.safetensors"}]
+
+
+def _save_where_rank_1_has_no_room(rank: int, world: int, folder: str) -> tuple[list[str], str | None]:
+    store = store_at(folder, rank, world)
+    first = store.save(1, placed(truth(), world, axis=2), {})
+    big = distribute_tensor(torch.ones(1000, 1000), init_device_mesh("cpu", (world,)), [Shard(0)], src_data_rank=None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # bytes: a real write error
+    with pytest.raises(CheckpointError) as error:
+        store.save(2, {"model.big": big}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert store.latest() == first
+    third = store.save(3, {"model.big": big}, {})
+    return error.value.problems, str(third)
+
+
+def test_a_write_error_on_one_rank_is_raised_on_all_and_the_next_save_clears_it_away(tmp_path: Path) -> None:
+    for problems, third in run_ranks(_save_where_rank_1_has_no_room, 2, str(tmp_path)):
+        assert len(problems) == 1
+        assert problems[0].startswith("rank 1: OSError")
+        assert verify(Path(third)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def _save_while_rank_1_is_killed(rank: int, world: int, folder: str) -> None:
+    store = store_at(folder, rank, world)
+    store.save(1, placed(truth(), world, axis=2), {})
+
+    def kill_while_writing(event: str, args: tuple) -> None:
+        if event == "open" and str(args[0]).endswith("step_00000002/rank_00001.safetensors"):
+            os.kill(os.getpid(), 9)
+
+    if rank == 1:
+        sys.addaudithook(kill_while_writing)
+    store.save(2, placed(truth(), world, axis=2), {})
+
+
+def test_a_rank_killed_while_it_writes_leaves_the_previous_checkpoint_the_latest(tmp_path: Path) -> None:
+    with pytest.raises(RankFailedError, match="rank 1 of 2:\nkilled by SIGKILL"):
+        run_ranks(_save_while_rank_1_is_killed, 2, str(tmp_path))
+    latest = store_at(str(tmp_path), 0, 1).latest()
+    assert latest == tmp_path / "step_00000001"
+    assert verify(latest) == []
+    assert (tmp_path / "step_00000002").is_dir()
+
+
+def _save_uneven_experts(rank: int, world: int, folder: str) -> list[str]:
+    tensors = placed({EXPERTS: torch.arange(6.0).view(6, 1)}, world, axis=2)
+    with pytest.raises(CheckpointError) as error:
+        store_at(folder, rank, world).save(1, tensors, {})
+    return error.value.problems
+
+
+def test_a_strided_shard_that_torch_misplaces_is_refused(tmp_path: Path) -> None:
+    for problems in run_ranks(_save_uneven_experts, 4, str(tmp_path)):
+        assert len(problems) == 1
+        assert "size 6 and is cut [2, 2] ways" in problems[0]
