@@ -40,7 +40,8 @@ class WandbConfig(Record):
 class WandbRun:
     """A W&B run that is fed one row per step, in order; its first failure is one warning, and its last act."""
 
-    def __init__(self, run: Any, has_through: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, library: ModuleType, run: Any, has_through: int, warn: Callable[[str], None]) -> None:
+        self._library = library
         self._run = run
         self._has_through = has_through
         self._warn = warn
@@ -61,8 +62,12 @@ class WandbRun:
         """Send the last row and end the run, within a bounded time."""
         self._flush()
         if self._run is not None:
-            self._attempt(lambda run: run.finish(exit_code=1 if failed else 0))
+            self._attempt(lambda run: self._finish(run, failed))
             self._run = None
+
+    def _finish(self, run: Any, failed: bool) -> None:
+        run.finish(exit_code=1 if failed else 0)
+        self._library.teardown()  # the file is whole only when the service has gone: finish() returns a moment before
 
     def _flush(self) -> None:
         row, self._row = self._row, {}
@@ -119,7 +124,7 @@ def start_wandb(
             continue
         # The service knows what it has; offline pieces are for `wandb sync` to bring. Offline, all pieces count as had.
         has_through = max(has_offline, run.step - 1) if mode == "online" else has_any
-        wandb_run = WandbRun(run, has_through, warn)
+        wandb_run = WandbRun(wandb, run, has_through, warn)
         for line in written:
             wandb_run.send(*unpack(line))
         return wandb_run
@@ -211,7 +216,7 @@ def unpack(line: Line) -> tuple[int, int, dict[str, float]]:
 def steps_on_disk(folder: Path, wandb_id: str, wandb_records: ModuleType) -> tuple[int, int]:
     """The highest step in the offline pieces of a W&B run, and in all its pieces; -1 where there is none."""
     offline, online = -1, -1
-    for path in sorted(folder.glob(f"*-{wandb_id}/run-{wandb_id}.wandb")):
+    for path in sorted(folder.glob(f"*run-*-{wandb_id}*/run-{wandb_id}.wandb")):
         last = -1
         for raw in records_of(path.read_bytes()):
             record = wandb_records.Record.FromString(raw)

@@ -46,7 +46,7 @@ def history_of(run_dir: Path) -> list[dict]:
     from wandb.proto import wandb_internal_pb2
 
     rows = []
-    for path in sorted((run_dir / "wandb").glob("*run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted((run_dir / "wandb").glob("*run-*-*/run-*.wandb"), key=lambda path: path.parent.name):
         for raw in whole_records(path):
             record = wandb_internal_pb2.Record.FromString(raw)
             if record.WhichOneof("record_type") == "history":
