@@ -1,0 +1,142 @@
+"""This file owns the run's log: where a report goes (metrics.jsonl first, then the console, summary.json and W&B)."""
+
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import field_validator
+
+from softmoe_train.config import Record
+from softmoe_train.observe.console import Console, ProgressKind, build_console
+from softmoe_train.observe.run_files import MetricsFile, Summary
+from softmoe_train.observe.wandb_run import WandbConfig, WandbRun, start_wandb
+
+
+class ObserveConfig(Record):
+    """How often a run reports (in steps), and where to besides its metrics file."""
+
+    every: int
+    progress: ProgressKind
+    wandb: WandbConfig
+
+    @field_validator("every")
+    @classmethod
+    def _positive(cls, every: int) -> int:
+        if every < 1:
+            raise ValueError(
+                f"observe.every={every} must be at least 1 step; use 20, or a large number for few reports"
+            )
+        return every
+
+
+class SilentLog:
+    """The log of every rank but the first: it takes the same calls and does nothing."""
+
+    def __init__(self, wandb_id: str) -> None:
+        self.wandb_id = wandb_id
+
+    def report(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Take a report."""
+
+    def message(self, text: str) -> None:
+        """Take a line for people."""
+
+    def warn(self, text: str) -> None:
+        """Take a warning."""
+
+    def close(self, reason: str, *, failed: bool) -> None:
+        """End the log."""
+
+
+class RunLog(SilentLog):
+    """The log of rank 0. metrics.jsonl is the truth; all else can be lost or late without harm."""
+
+    def __init__(
+        self, wandb_id: str, metrics: MetricsFile, summary: Summary, console: Console, wandb_run: WandbRun | None
+    ) -> None:
+        super().__init__(wandb_id)
+        self._metrics = metrics
+        self._summary = summary
+        self._console = console
+        self._wandb_run = wandb_run
+        self._started = time.perf_counter()
+
+    def report(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Write, print and send one report; one step may have several. Values are read to the host here.
+
+        Raises ValueError for a metric named `step` or `images_seen`, which are on every line already.
+        """
+        taken = {"step", "images_seen"} & set(metrics)
+        if taken:
+            raise ValueError(
+                f"metrics hold {sorted(taken)}, which every report carries; name it <source>/<set>/<measure>"
+            )
+        values = {name: float(value) for name, value in metrics.items()}
+        self._metrics.append(step, images_seen, values)
+        self._summary.write(self._metrics.last, self._seconds(), wandb_id=self.wandb_id, ended=None)
+        self._console.report(step, values)
+        if self._wandb_run is not None:
+            self._wandb_run.send(step, images_seen, values)
+
+    def message(self, text: str) -> None:
+        """Print a line for people."""
+        self._console.message(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning; it shows at `progress=off` too."""
+        self._console.warn(text)
+
+    def close(self, reason: str, *, failed: bool) -> None:
+        """End the log, with why the run ended; `failed` is how W&B shows it.
+
+        Call it in a `finally`: it gives the terminal its cursor back. The files are complete before W&B is waited for.
+        """
+        self._metrics.close()
+        self._summary.write(self._metrics.last, self._seconds(), wandb_id=self.wandb_id, ended=reason)
+        self._console.close()
+        if self._wandb_run is not None:
+            self._wandb_run.close(failed=failed)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+
+def build_log(
+    config: ObserveConfig,
+    run_dir: Path,
+    *,
+    name: str,
+    run_config: Mapping[str, Any],
+    total_steps: int,
+    main: bool,
+    wandb_id: str | None,
+    resume_step: int,
+) -> SilentLog:
+    """The log of this process: a silent one unless `main`.
+
+    `resume_step` is the step of the checkpoint that was loaded, 0 from scratch: metrics.jsonl is cut back to it.
+    `wandb_id` is the one in that checkpoint; None makes one up (on `main` only: elsewhere it stays empty).
+    """
+    if not main:
+        return SilentLog(wandb_id or "")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    summary = Summary(run_dir / "summary.json")
+    # The summary's id is for a run that was killed before its first checkpoint: it is the same W&B run still.
+    wandb_id = wandb_id or summary.earlier_wandb_id or secrets.token_hex(8)
+    console = build_console(config.progress, total_steps, resume_step)
+    metrics = MetricsFile(run_dir / "metrics.jsonl", resume_step)
+    if metrics.broken:
+        console.warn(f"metrics.jsonl had {metrics.broken} torn or foreign lines; they are left out")
+    summary.write(metrics.last, 0.0, wandb_id=wandb_id, ended=None)
+    wandb_run = start_wandb(
+        config.wandb,
+        run_dir,
+        wandb_id=wandb_id,
+        name=name,
+        run_config=run_config,
+        written=metrics.kept,
+        warn=console.warn,
+    )
+    return RunLog(wandb_id, metrics, summary, console, wandb_run)

@@ -1,0 +1,99 @@
+"""This file owns what a run folder says about the run: metrics.jsonl (the truth) and summary.json."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+Line = dict[str, float | None]  # step and images_seen are whole numbers; null stands for a value that is not finite
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put `text` at `path` so that a reader, or a crash at any instant, finds the old file or the new, never a part."""
+    draft = path.with_name(f"{path.name}.part")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_lines(path: Path) -> tuple[list[Line], int]:
+    """The whole lines of a metrics file in order, and how many torn or foreign lines were passed over."""
+    if not path.exists():
+        return [], 0
+    lines, broken = [], 0
+    for raw in path.read_bytes().split(b"\n"):
+        if not raw:
+            continue
+        try:
+            line = json.loads(raw)
+            whole = type(line["step"]) is int and type(line["images_seen"]) is int
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            lines.append(line)
+        else:
+            broken += 1
+    return lines, broken
+
+
+class MetricsFile:
+    """metrics.jsonl: one line of strict JSON per report, cut back at a resume, and the last value of each metric.
+
+    A value that is not finite is written as null, since JSON has no other word for it; null never means "not measured".
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        lines, self.broken = read_lines(path)
+        # At step 0 there is no checkpoint to continue: what an earlier attempt wrote, step 0 included, comes again.
+        self.kept = [line for line in lines if (line["step"] or 0) <= resume_step] if resume_step > 0 else []
+        self.cut = len(lines) - len(self.kept)
+        if self.cut or self.broken:
+            replace_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.kept))
+        self.last: Line = {}
+        for line in self.kept:
+            self.last |= line
+        self._file = path.open("ab")
+
+    def append(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Write one line; it has left the process when this returns."""
+        line: Line = {"step": step, "images_seen": images_seen}
+        line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        # A kill leaves the line out or, at worst, torn at the very end, and a resume cuts that off.
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        self.last |= line
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Summary:
+    """summary.json: the last value of every metric, how far the run came, its wall time over all resumes, why it ended.
+
+    It is rewritten at each report with `ended: null`: a killed run keeps its wall time and is told from a finished one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.earlier_seconds, self.earlier_wandb_id = 0.0, None
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            self.earlier_seconds, self.earlier_wandb_id = float(earlier["wall_seconds"]), str(earlier["wandb_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no summary yet, or not one of ours: the count starts anew
+
+    def write(self, last: Line, seconds: float, *, wandb_id: str, ended: str | None) -> None:
+        """Replace the summary; `seconds` is the wall time of this process only."""
+        content = {
+            "steps": last.get("step", 0),
+            "images_seen": last.get("images_seen", 0),
+            "wall_seconds": round(self.earlier_seconds + seconds, 3),
+            "ended": ended,
+            "wandb_id": wandb_id,
+            "metrics": {name: value for name, value in last.items() if name not in ("step", "images_seen")},
+        }
+        replace_text(self._path, json.dumps(content, indent=2, allow_nan=False) + "\n")
