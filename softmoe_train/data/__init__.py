@@ -1,1 +1,18 @@
-"""Reading image shards."""
+"""Reading image shards: order by arithmetic, decoding, transforms, and batches that carry the cursor that resumes."""
+
+from softmoe_train.data.batch import Batch, Broken, Cursor, ImageStream
+from softmoe_train.data.build import build_eval_stream, build_stream, check_data
+from softmoe_train.data.records import DataConfig, SyntheticConfig, WebDatasetConfig
+
+__all__ = [
+    "Batch",
+    "Broken",
+    "Cursor",
+    "DataConfig",
+    "ImageStream",
+    "SyntheticConfig",
+    "WebDatasetConfig",
+    "build_eval_stream",
+    "build_stream",
+    "check_data",
+]

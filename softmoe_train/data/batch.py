@@ -28,8 +28,9 @@ class Cursor:
     @classmethod
     def from_json(cls, value: object) -> Cursor:
         """The cursor that `to_json` wrote; raises ValueError on anything else."""
-        match value:
-            case {"position": int(position)} if len(value) == 1 and position >= 0 and not isinstance(position, bool):
+        if isinstance(value, dict) and value.keys() == {"position"}:
+            position = value["position"]
+            if type(position) is int and position >= 0:  # a bool is an int too
                 return cls(position)
         raise ValueError(
             f'cursor={value!r} is not {{"position": <a count of samples>}}; the saved loop state is damaged.'
@@ -106,5 +107,5 @@ class ImageStream(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, object]:
-        """What decides the order and content of the sequence, as JSON; equal on two streams that give the same samples."""
+        """What decides the order and content of the sequence, as JSON; equal where the sequences are."""
         ...

@@ -1,0 +1,108 @@
+"""This file owns reading one stored sample: its bytes at an offset, its decoded picture and its label."""
+
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softmoe_train.data.batch import Broken
+from softmoe_train.data.decode import UnreadableSampleError, decode_image
+from softmoe_train.data.shards import Samples, Shard, samples_of
+
+_OPEN_FILES = 64
+_KEPT_INDEXES = 256
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_MAX_LABEL_BYTES = 1 << 20
+
+Kept = TypeVar("Kept")
+
+
+class SampleReader:
+    """Reads samples by shard number and index, with a bounded number of open files and indexes.
+
+    One is made in each process that reads: it is sent to worker processes without its open files.
+    """
+
+    def __init__(self, shards: list[Shard], *, labels: str, num_classes: int, max_pixels: int) -> None:
+        self.shards, self.labels, self.num_classes, self.max_pixels = shards, labels, num_classes, max_pixels
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._indexes: OrderedDict[int, Samples] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
+
+    def read(self, shard: int, index: int) -> tuple[NDArray[np.uint8], list[int]]:
+        """The picture (H x W x 3) and the labels of a sample; raises UnreadableSampleError with the reason."""
+        samples = self._samples(shard)
+        label = self._bytes(shard, samples.labels[index], _MAX_LABEL_BYTES, "label (.cls)")
+        classes = self._classes(label)
+        # Raw pixels at 16 bits are the most that a picture within the limit can take.
+        picture = self._bytes(shard, samples.images[index], 6 * self.max_pixels + (1 << 20), "picture")
+        return decode_image(picture, max_pixels=self.max_pixels), classes
+
+    def describe(self, shard: int, index: int, reason: str) -> Broken:
+        """The report of a sample that could not be read."""
+        return Broken(os.path.basename(self.shards[shard].path), self._samples(shard).keys[index], reason)
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _classes(self, label: bytes) -> list[int]:
+        words = label[:_MAX_LABEL_BYTES].decode("ascii", "replace").split()
+        if (
+            not words
+            or not all(_INTEGER.fullmatch(word) for word in words)
+            or (self.labels == "hard" and len(words) > 1)
+        ):
+            wanted = "one integer" if self.labels == "hard" else "integers"
+            raise UnreadableSampleError(f"label {label[:40]!r} is not {wanted} (data.labels={self.labels})")
+        classes = [int(word) for word in words]
+        if min(classes) < 0 or max(classes) >= self.num_classes:
+            raise UnreadableSampleError(f"label {label[:40]!r} is outside 0 to {self.num_classes - 1}")
+        return classes
+
+    def _bytes(self, shard: int, where: NDArray[np.int64], limit: int, what: str) -> bytes:
+        offset, size = where.tolist()
+        if offset < 0:
+            raise UnreadableSampleError(f"it has no {what}")
+        if size > limit:
+            raise UnreadableSampleError(f"its {what} is {size} bytes, more than {limit}")
+        data = os.pread(self._file(shard), size, offset)
+        if len(data) != size:
+            raise UnreadableSampleError(f"its {what} breaks off after {len(data)} of {size} bytes")
+        return data
+
+    def _file(self, shard: int) -> int:
+        def open_shard() -> int:
+            file = os.open(self.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
+            facts, known = os.fstat(file), self.shards[shard]
+            if (facts.st_size, facts.st_mtime_ns) != (known.size, known.mtime_ns):
+                os.close(file)
+                raise ValueError(
+                    f"{known.path} has changed since this run indexed it: shards must stay as they are; start again."
+                )
+            return file
+
+        return _recent(self._files, shard, open_shard, _OPEN_FILES, os.close)
+
+    def _samples(self, shard: int) -> Samples:
+        return _recent(self._indexes, shard, lambda: samples_of(self.shards[shard]), _KEPT_INDEXES, lambda _: None)
+
+
+def _recent(
+    kept: OrderedDict[int, Kept], key: int, make: Callable[[], Kept], limit: int, drop: Callable[[Kept], object]
+) -> Kept:
+    """The value under `key`, made if absent; beyond `limit` values the one unused for longest is dropped."""
+    if key in kept:
+        kept.move_to_end(key)
+        return kept[key]
+    if len(kept) >= limit:
+        drop(kept.popitem(last=False)[1])
+    kept[key] = make()
+    return kept[key]

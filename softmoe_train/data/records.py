@@ -1,0 +1,96 @@
+"""This file owns what a data configuration may say: the records under `data` and the rules each keeps alone."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from softmoe_train.config import Record
+
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+ShardSpec = str | list[str]
+
+
+class InceptionCrop(Record):
+    """A random crop of `min_area` to `max_area` of the picture, resized bilinearly to a square (paper, section 5)."""
+
+    kind: Literal["inception_crop"]
+    min_area: Fraction
+    max_area: Fraction
+    min_aspect: Positive
+    max_aspect: Positive
+    antialias: bool
+    flip: bool
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        for name in ("area", "aspect"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low > high:
+                raise ValueError(
+                    f"min_{name}={low} is above max_{name}={high}: a crop needs min <= max; exchange them."
+                )
+        return self
+
+
+class PaddedCrop(Record):
+    """The picture at its target size, padded with `padding` black pixels a side and cut back at a random place."""
+
+    kind: Literal["padded_crop"]
+    padding: Count
+    antialias: bool
+    flip: bool
+
+
+class ResizeCentralCrop(Record):
+    """The shorter side resized to `resize` by area averages, then the central square (paper, section 5)."""
+
+    kind: Literal["resize_central_crop"]
+    resize: PositiveInt
+
+
+class Resize(Record):
+    """A bilinear resize to a square of `resize` pixels, whatever the aspect, then the central square.
+
+    `resize: null` means the image size itself; where the picture has that size already, it stays exactly as it is.
+    """
+
+    kind: Literal["resize"]
+    resize: PositiveInt | None
+    antialias: bool
+
+
+TransformConfig = Annotated[InceptionCrop | PaddedCrop | ResizeCentralCrop | Resize, Field(discriminator="kind")]
+
+
+class WebDatasetConfig(Record):
+    """Tar shards of pictures and `.cls` labels: where they are, in which order they are read, what is done to them."""
+
+    kind: Literal["webdataset"]
+    train: ShardSpec | None
+    test: ShardSpec | None
+    streams: PositiveInt
+    shuffle_window: PositiveInt  # samples
+    block: PositiveInt  # samples of one contiguous run of tars
+    workers: Count  # decode processes a rank; 0 decodes in the training process
+    prefetch: PositiveInt  # batches a worker prepares ahead
+    labels: Literal["hard", "multi_hot"]
+    train_transform: TransformConfig
+    test_transform: TransformConfig
+    max_pixels: PositiveInt
+    max_broken: Count
+
+
+class SyntheticConfig(Record):
+    """Pictures made by arithmetic from (seed, sample number): a class-dependent pattern under noise."""
+
+    kind: Literal["synthetic"]
+    streams: PositiveInt
+    labels: Literal["hard", "multi_hot"]
+    num_train: PositiveInt
+    num_test: PositiveInt
+    noise: Annotated[float, Field(ge=0)]  # standard deviation in gray levels
+
+
+DataConfig = Annotated[WebDatasetConfig | SyntheticConfig, Field(discriminator="kind")]

@@ -1,0 +1,268 @@
+"""This file owns the way from stored samples to batches: the endless training stream and one pass of evaluation.
+
+Which samples a batch holds is arithmetic on its position, so what a worker process is asked for is a whole batch, named
+by its first global sample: the number of workers cannot change the order.
+
+Letters: B images of this rank's batch, L streams, W ranks, g a global sample.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from softmoe_train.data.batch import Batch, Broken, Cursor
+from softmoe_train.data.decode import UnreadableSampleError
+from softmoe_train.data.keyed import Draws
+from softmoe_train.data.order import Order
+from softmoe_train.data.read import SampleReader
+from softmoe_train.data.shards import data_hash
+from softmoe_train.data.transforms import Transform
+
+_TRIES = 32  # broken samples in a row after which a stream is given up
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of every global batch of `global_batch` images: the L / W consecutive streams from r L / W on."""
+
+    global_batch: int
+    streams: int
+    rank: int
+    world: int
+
+    def rows(self, position: int) -> NDArray[np.int64]:
+        """This rank's global samples of the batch that begins at `position`, ascending."""
+        own = self.streams // self.world
+        streams = self.rank * own + np.arange(own)
+        return (position + np.arange(0, self.global_batch, self.streams)[:, None] + streams).reshape(-1)
+
+    def check_start(self, cursor: Cursor) -> None:
+        """Raise ValueError unless a batch can start at `cursor`."""
+        if cursor.position < 0 or cursor.position % self.streams:
+            raise ValueError(
+                f"cursor={cursor.position} is not a multiple of data.streams={self.streams}: a batch begins where all "
+                f"streams have given equally many samples; continue with the data.streams of the run that saved it."
+            )
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How batches are prepared: worker processes, batches ahead of each, and how many broken samples are borne."""
+
+    workers: int
+    prefetch: int
+    max_broken: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Stored samples as rows of a batch: read, transformed and labelled."""
+
+    reader: SampleReader
+    transform: Transform
+    image_size: int
+    seed: int
+
+    def row(self, shard: int, index: int, g: int) -> tuple[NDArray[np.uint8], list[int]]:
+        """The picture (S x S x 3) and labels of a stored sample in sample g's place; raises UnreadableSampleError."""
+        picture, classes = self.reader.read(shard, index)
+        return self.transform(picture, Draws(self.seed, g, "augment")), classes
+
+    def empty(self, rows: int) -> tuple[NDArray[np.uint8], torch.Tensor]:
+        """Black images and labels of nothing for `rows` rows."""
+        images = np.zeros((rows, 3, self.image_size, self.image_size), np.uint8)
+        if self.reader.labels == "hard":
+            return images, torch.zeros(rows, dtype=torch.int64)
+        return images, torch.zeros(rows, self.reader.num_classes)
+
+    def fill(
+        self, images: NDArray[np.uint8], labels: torch.Tensor, at: int, picture: NDArray[np.uint8], classes: list[int]
+    ) -> None:
+        """Write one row."""
+        images[at] = picture.transpose(2, 0, 1)
+        if labels.ndim == 1:
+            labels[at] = classes[0]
+        else:
+            labels[at, classes] = 1.0
+
+
+class _TrainBatches(Dataset[Batch]):
+    def __init__(self, pictures: Pictures, order: Order, share: Share) -> None:
+        self.pictures, self.order, self.share = pictures, order, share
+
+    def __getitem__(self, position: int) -> Batch:
+        rows = self.share.rows(position)
+        where = self.order.locate(rows)
+        images, labels = self.pictures.empty(len(rows))
+        broken: list[Broken] = []
+        for at, (g, shard, index) in enumerate(zip(rows.tolist(), *where, strict=True)):
+            try:
+                row = self.pictures.row(shard, index, g)
+            except UnreadableSampleError as error:
+                broken.append(self.pictures.reader.describe(shard, index, str(error)))
+                row = self._replacement(g, broken[-1])
+            self.pictures.fill(images, labels, at, *row)
+        mask = torch.ones(len(rows), dtype=torch.bool)
+        cursor = Cursor(position + self.share.global_batch)
+        return Batch(torch.from_numpy(images), labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
+
+    def _replacement(self, g: int, first: Broken) -> tuple[NDArray[np.uint8], list[int]]:
+        """The next good sample of g's stream in the epoch, augmented as g: the same on every layout."""
+        for step in range(1, _TRIES + 1):
+            shard, index = self.order.locate(np.asarray([self.order.successor(g, step)]))
+            try:
+                return self.pictures.row(int(shard[0]), int(index[0]), g)
+            except UnreadableSampleError:
+                continue
+        raise RuntimeError(
+            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {_TRIES} "
+            f"samples that follow it in its stream: these shards do not hold what `data` says; check them."
+        )
+
+
+class WebDatasetStream:
+    """The endless training stream of one rank over tar shards; satisfies `ImageStream`."""
+
+    def __init__(self, pictures: Pictures, order: Order, share: Share, decoding: Decoding) -> None:
+        self._batches = _TrainBatches(pictures, order, share)
+        self._decoding, self._start = decoding, 0
+
+    def seek(self, cursor: Cursor) -> None:
+        """Make the next `iter` start at `cursor`; raises ValueError where no batch can start."""
+        self._batches.share.check_start(cursor)
+        self._start = cursor.position
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the position last given to `seek`, for ever; raises RuntimeError above `max_broken`."""
+        return _load(self._batches, _Positions(self._start, self._batches.share.global_batch), self._decoding)
+
+    def fingerprint(self) -> dict[str, object]:
+        """What decides the order: the shards' contents and the keys of the permutations."""
+        order = self._batches.order
+        return {
+            "kind": "webdataset",
+            "data": data_hash(self._batches.pictures.reader.shards),
+            "samples": order.total,
+            "streams": order.streams,
+            "shuffle_window": order.window,
+            "block": order.block,
+            "seed": order.seed,
+        }
+
+
+class _Positions:
+    """Where the batches of the endless sequence begin."""
+
+    def __init__(self, start: int, step: int) -> None:
+        self.start, self.step = start, step
+
+    def __iter__(self) -> Iterator[int]:
+        position = self.start
+        while True:
+            yield position
+            position += self.step
+
+
+class _EvalBatches(Dataset[Batch]):
+    def __init__(self, pictures: Pictures, rank_batch: int, rank: int, world: int) -> None:
+        self.pictures, self.rank_batch, self.rank, self.world = pictures, rank_batch, rank, world
+        self.ends = np.cumsum([shard.count for shard in pictures.reader.shards])
+
+    def __len__(self) -> int:
+        return (int(self.ends[-1]) - 1) // (self.rank_batch * self.world) + 1
+
+    def __getitem__(self, step: int) -> Batch:
+        start = (step * self.world + self.rank) * self.rank_batch
+        images, labels = self.pictures.empty(self.rank_batch)
+        mask = torch.zeros(self.rank_batch, dtype=torch.bool)
+        ids = torch.full((self.rank_batch,), -1)
+        broken: list[Broken] = []
+        for at, g in enumerate(range(start, min(start + self.rank_batch, int(self.ends[-1])))):
+            shard = int(np.searchsorted(self.ends, g, side="right"))
+            index = g - int(self.ends[shard]) + self.pictures.reader.shards[shard].count
+            ids[at] = g
+            try:
+                self.pictures.fill(images, labels, at, *self.pictures.row(shard, index, g))
+                mask[at] = True
+            except UnreadableSampleError as error:
+                broken.append(self.pictures.reader.describe(shard, index, str(error)))
+        cursor = Cursor((step + 1) * self.world * self.rank_batch)
+        return Batch(torch.from_numpy(images), labels, mask, ids, cursor, tuple(broken))
+
+
+class EvalStream:
+    """One pass over a held-out set: each image exactly once over all ranks, padded so that ranks have equal batches.
+
+    Image number i is the i-th in the shards' order. A broken image is left out by the mask, never replaced.
+    """
+
+    def __init__(self, pictures: Pictures, decoding: Decoding, *, batch_size: int, rank: int, world: int) -> None:
+        self._batches = _EvalBatches(pictures, batch_size, rank, world)
+        self._decoding = decoding
+        self.num_images = int(self._batches.ends[-1])
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _load(self._batches, range(len(self)), self._decoding)
+
+
+def _load(batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding) -> Iterator[Batch]:
+    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=positions,
+        collate_fn=_as_it_is,
+        num_workers=decoding.workers,
+        prefetch_factor=decoding.prefetch if decoding.workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # its own: the loader's seed must not advance the global one
+    )
+    broken: list[Broken] = []
+    for batch in loader:
+        broken += batch.broken
+        if len(broken) > decoding.max_broken:
+            raise RuntimeError(_too_many(broken, decoding.max_broken))
+        yield batch
+
+
+def _too_many(broken: Sequence[Broken], limit: int) -> str:
+    shown = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in broken[-5:])
+    return (
+        f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
+        "repair the shards, or raise data.max_broken if their loss does not matter."
+    )
+
+
+def _as_it_is(batch: Any) -> Batch:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """Make a decode worker single-threaded, and deaf to signals that are meant for the training process.
+
+    SLURM sends its warning and its SIGTERM to every process of a step, workers too; one that died of it would kill the
+    save that the signal asks for. A SIGTERM from the parent itself still ends the worker.
+    """
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
