@@ -1,9 +1,216 @@
-"""This file owns the record base class: what a configuration value is and how a wrong one is reported."""
+"""This file owns configuration: the record base class, composing YAML and overrides into records, saving and loading a run.
 
-from pydantic import BaseModel, ConfigDict
+Every mistake is found before it is reported: all of them go into one message.
+"""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 
 class Record(BaseModel):
     """A frozen, strictly typed record: no defaults, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+R = TypeVar("R", bound=Record)
+Tree = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: one entry in `problems` per mistake."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        super().__init__(
+            f"{count} in the configuration, nothing was started:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+
+
+def config_folder() -> Path:
+    """The YAML files: `conf/` of the checkout, or the copy inside an installed package."""
+    checkout = Path(__file__).resolve().parent.parent / "conf"
+    return checkout if (checkout / "config.yaml").is_file() else Path(__file__).resolve().parent / "_conf"
+
+
+def compose(record: type[R], overrides: list[str], check: Callable[[R], list[str]]) -> R:
+    """The resolved configuration: YAML of `config_folder()`, then `overrides`, as a record that passes its rules and `check`.
+
+    Raises ConfigError with every mistake: misspelt keys, wrong types, broken rules of one record, and what `check` says of
+    their combination.
+    """
+    tree, problems = _compose_tree(overrides)
+    if tree is None:
+        raise ConfigError(problems)
+    config, found = parse(record, tree)
+    problems += found
+    if config is not None:
+        problems += check(config)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def parse(record: type[R], tree: Tree) -> tuple[R | None, list[str]]:
+    """A tree as a record, with everything that is wrong in it. Unknown keys do not hide what else is wrong."""
+    problems: list[str] = []
+    try:
+        return record.model_validate(tree), problems
+    except ValidationError as error:
+        details = error.errors()
+    unknown = [d for d in details if d["type"] == "extra_forbidden"]
+    problems += [_unknown_key(d["loc"], tree) for d in unknown]
+    if not unknown:
+        return None, [_wording(d) for d in details]
+    config, others = parse(record, _without(tree, [_path_in(d["loc"], tree) for d in unknown]))
+    return config, problems + others
+
+
+def save_yaml(tree: Tree, path: Path) -> None:
+    """Write a resolved configuration as plain YAML."""
+    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def load_yaml(path: Path) -> Tree:
+    """Read what `save_yaml` wrote: plain YAML, no interpolation, no objects. Raises ValueError for anything but a mapping."""
+    tree = yaml.safe_load(path.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no configuration: expected a mapping, found {type(tree).__name__}")
+    return tree
+
+
+def as_yaml(config: Record) -> str:
+    """The whole configuration as people read it."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:
+    """The composed tree without the overrides that are wrong, and what is wrong with those.
+
+    Hydra stops at its first mistake. So on any mistake each override is tried by itself on top of the chosen groups.
+    """
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        if _error(overrides) is None:
+            return _resolved(overrides), []
+        problems: list[str] = []
+        good: list[str] = []
+        for override in sorted(overrides, key=lambda o: not _chooses_group(o)):
+            chosen = [o for o in good if _chooses_group(o)]
+            error = _error([*chosen, override])
+            if error is None:
+                good.append(override)
+            else:
+                problems.append(_override_wording(override, error, chosen))
+        error = _error(good)
+        if error is not None:
+            return None, [*problems, _first_line(error)]
+        return _resolved(good), problems
+
+
+def _resolved(overrides: list[str]) -> Tree:
+    tree = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+    assert isinstance(tree, dict), type(tree)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _error(overrides: list[str]) -> Exception | None:
+    try:
+        _resolved(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        return error
+    return None
+
+
+def _parsed(override: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None
+
+
+def _chooses_group(override: str) -> bool:
+    parsed = _parsed(override)
+    return parsed is not None and (config_folder() / parsed.key_or_group).is_dir()
+
+
+def _override_wording(override: str, error: Exception, chosen: list[str]) -> str:
+    parsed = _parsed(override)
+    if parsed is None:
+        return f"{override}: not an override; write key=value (quote values with spaces or commas)"
+    if _chooses_group(override):
+        folder = config_folder() / parsed.key_or_group
+        options = sorted(f.stem for f in folder.glob("*.yaml"))
+        return f"{override}: no such file under conf/{parsed.key_or_group}; use one of {', '.join(options)}"
+    if "not in struct" in str(error) or "Could not override" in str(error):
+        return _no_such_key(override, parsed.key_or_group, _leaves(_resolved(chosen)))
+    return f"{override}: {_first_line(error)}"
+
+
+def _no_such_key(shown: str, key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.7)
+    remedy = f"did you mean {' or '.join(close)}?" if close else "`softmoe train --cfg job` prints every key"
+    return f"{shown}: there is no key {key}; {remedy}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _leaves(tree: Tree, prefix: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        found.append(prefix + key)
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{key}.")
+    return found
+
+
+def _path_in(location: tuple[int | str, ...], tree: Tree) -> tuple[int | str, ...]:
+    """The keys of `location` that are in the tree: pydantic adds the names of union members on the way."""
+    path: list[int | str] = []
+    here: Any = tree
+    for part in location[:-1]:
+        if isinstance(here, list | dict) and (isinstance(here, list) or part in here):
+            here = here[part]  # pyright: ignore[reportCallIssue, reportArgumentType]
+            path.append(part)
+    return (*path, location[-1])
+
+
+def _unknown_key(location: tuple[int | str, ...], tree: Tree) -> str:
+    key = ".".join(map(str, _path_in(location, tree)))
+    return f"{key}: there is no such key; remove it (`softmoe train --cfg job` prints every key)"
+
+
+def _without(tree: Tree, paths: list[tuple[int | str, ...]]) -> Tree:
+    pruned = OmegaConf.to_container(OmegaConf.create(tree))
+    assert isinstance(pruned, dict)
+    for path in paths:
+        here: Any = pruned
+        for part in path[:-1]:
+            here = here[part]
+        here.pop(path[-1], None)
+    return {str(key): value for key, value in pruned.items()}
+
+
+def _wording(detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "value_error":
+        # A rule of our own, which names its keys itself.
+        return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
+    if detail["type"] == "missing":
+        return f"{key}: no value; give one"
+    return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"

@@ -57,6 +57,15 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def control_group(world: World) -> dist.ProcessGroup | None:
+    """A Gloo group of its own for agreements between hosts (checkpoints); None for a process alone. Collective."""
+    if world.size == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), group
+    return group
+
+
 def local_values(tensor: Tensor) -> Tensor:
     """The part of `tensor` on this rank, sharing its storage (no gradient flows through it)."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -82,7 +82,7 @@ def initialize(model: nn.Module, seed: int, part_of: Callable[[Tensor], LocalPar
         if tensor.is_floating_point():
             part_of(tensor).values.fill_(math.nan)
     for prefix, module in model.named_modules():
-        rules = module.init_rules() if isinstance(module, Initialised) else {}
+        rules = _rules_of(module)
         for name, parameter in module.named_parameters(recurse=False):
             if name in rules:
                 _fill(part_of(parameter), tuple(parameter.shape), rules[name], seed, f"{prefix}.{name}".lstrip("."))
@@ -97,6 +97,10 @@ def untouched(model: nn.Module, part_of: Callable[[Tensor], LocalPart] = whole) 
     """Names of the parameters and buffers of which some value is still NaN."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return [name for name, tensor in named if bool(part_of(tensor).values.isnan().any())]
+
+
+def _rules_of(module: object) -> dict[str, InitRule]:
+    return module.init_rules() if isinstance(module, Initialised) else {}
 
 
 @torch.no_grad()

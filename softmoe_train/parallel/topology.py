@@ -27,14 +27,10 @@ class Topology:
     dp: DeviceMesh
     expert_dp: DeviceMesh
     ep: DeviceMesh
-    experts: DeviceMesh  # the two-axis mesh (expert_dp, ep) on which an expert weight lies
-    rank: int
     size: int
 
     @classmethod
-    def build(
-        cls, config: ParallelConfig, *, num_experts: int, device: torch.device, rank: int, size: int
-    ) -> "Topology":
+    def build(cls, config: ParallelConfig, *, num_experts: int, device: torch.device, size: int) -> "Topology":
         """Build the meshes over the default process group, which must have `size` ranks.
 
         Raises ValueError as `expert_axis_problems` words it.
@@ -45,7 +41,7 @@ class Topology:
         R = expert_axis(config, num_experts=num_experts, size=size)
         root = init_device_mesh(device.type, (size // R, R), mesh_dim_names=("expert_dp", "ep"))
         dp = init_device_mesh(device.type, (size,), mesh_dim_names=("dp",))
-        return cls(dp=dp, expert_dp=root["expert_dp"], ep=root["ep"], experts=root, rank=rank, size=size)
+        return cls(dp=dp, expert_dp=root["expert_dp"], ep=root["ep"], size=size)
 
 
 def expert_axis(config: ParallelConfig, *, num_experts: int, size: int) -> int:
@@ -56,19 +52,14 @@ def expert_axis(config: ParallelConfig, *, num_experts: int, size: int) -> int:
 def expert_axis_problems(config: ParallelConfig, *, num_experts: int, size: int) -> list[str]:
     """What is wrong with the expert axis for this many ranks, each with the legal values."""
     R = expert_axis(config, num_experts=num_experts, size=size)
-    problems = []
-    if R < 1 or num_experts % R:
-        problems.append(
-            f"parallel.expert_axis={R} does not divide model.moe.num_experts={num_experts}; use {_either(num_experts)}"
-        )
-    if R < 1 or size % R:
-        problems.append(f"parallel.expert_axis={R} does not divide the {size} ranks of this run; use {_either(size)}")
-    if problems and R >= 1:
-        both = _either(math.gcd(num_experts, size))
-        problems[-1] += f" (both allow {both})"
-    return problems
+    if R >= 1 and num_experts % R == 0 and size % R == 0:
+        return []
+    fails = [f"model.moe.num_experts={num_experts}"] if R < 1 or num_experts % R else []
+    fails += [f"the {size} ranks of this run"] if R < 1 or size % R else []
+    legal = _divisors(math.gcd(num_experts, size))
+    return [f"parallel.expert_axis={R} does not divide {' nor '.join(fails)}; use {legal}, which divide both"]
 
 
-def _either(number: int) -> str:
+def _divisors(number: int) -> str:
     divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
     return divisors[0] if len(divisors) == 1 else ", ".join(divisors[:-1]) + " or " + divisors[-1]

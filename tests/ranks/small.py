@@ -44,7 +44,7 @@ def build(
     device = torch.device("cpu")
     parallel = ParallelConfig(expert_axis=expert_axis, sharding=sharding)  # pyright: ignore[reportArgumentType]
     config = model_config()
-    topology = Topology.build(parallel, num_experts=config.moe.num_experts, device=device, rank=rank, size=world)
+    topology = Topology.build(parallel, num_experts=config.moe.num_experts, device=device, size=world)
     engine = build_torch_engine(
         build_model(config, dtype), optim=optim, parallel=parallel, topology=topology, loss=loss,
         global_batch=GLOBAL_BATCH, seed=SEED, device=device,

@@ -1,0 +1,60 @@
+"""This file owns the upstream measures: precision@1 and loss on held-out images of the training classes.
+
+B images  C classes
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from softmoe_train.config import Record
+from softmoe_train.data.batch import Batch
+from softmoe_train.dist import sum_over_world
+from softmoe_train.loop import TrainState
+from softmoe_train.model.loss import LossKind, classification_loss, one_hot
+
+
+class UpstreamConfig(Record):
+    """When to measure on `data.test`, and with how many images of each rank at a time."""
+
+    every: Annotated[int, Field(ge=0)]  # steps; 0 only at the end
+    batch_size: Annotated[int, Field(ge=1)]
+
+
+class UpstreamEvaluator:
+    """Measures `test/top1` and `test/loss`, exact on every layout: each image counts once, padding never."""
+
+    def __init__(self, config: UpstreamConfig, batches: Iterable[Batch], loss: LossKind, device: torch.device) -> None:
+        self.every = config.every
+        self.batches = batches
+        self.loss: LossKind = loss
+        self.device = device
+
+    @torch.no_grad()
+    def run(self, state: TrainState) -> Iterator[tuple[str, float]]:
+        """Precision@1 (the likeliest class is among the image's labels) and mean loss, over all images of all ranks."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in self.batches:
+            batch = batch.to(self.device)
+            logits = state.engine.module(batch.images)
+            loss = classification_loss(logits, batch.labels, self.loss)
+            sums += torch.stack(
+                [_masked(hits(logits, batch.labels), batch), _masked(loss, batch), batch.mask.double().sum()]
+            )
+        right, loss, images = sum_over_world(sums).tolist()
+        yield "test/top1", right / images
+        yield "test/loss", loss / images
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 where the likeliest class is one of the image's labels, else 0 (paper.md 5, precision@1)."""
+    best = logits.argmax(dim=-1, keepdim=True)
+    return one_hot(labels, logits.shape[-1]).gather(1, best).squeeze(1).gt(0)
+
+
+def _masked(values: Tensor, batch: Batch) -> Tensor:
+    # where(), not a product: a padding row may hold anything, NaN included.
+    return torch.where(batch.mask, values.double(), 0.0).sum()
