@@ -53,7 +53,7 @@ def compose(record: type[R], overrides: list[str], check: Callable[[R], list[str
     Raises ConfigError with every mistake: misspelt keys, wrong types, broken rules of one record, and what `check` says of
     their combination.
     """
-    tree, problems = _compose_tree(overrides)
+    tree, problems = _compose_tree([_quoted(override) for override in overrides])
     if tree is None:
         raise ConfigError(problems)
     config, found = parse(record, tree)
@@ -140,6 +140,15 @@ def _parsed(override: str) -> Override | None:
         return OverridesParser.create().parse_override(override)
     except HydraException:
         return None
+
+
+def _quoted(override: str) -> str:
+    """A value that Hydra's grammar cannot read, such as a brace pattern of shards, taken as the string that it is."""
+    key, equals, value = override.partition("=")
+    if _parsed(override) is not None or not equals or not value or {"'", "\\"} & set(value):
+        return override
+    quoted = f"{key}='{value}'"
+    return quoted if _parsed(quoted) is not None else override
 
 
 def _chooses_group(override: str) -> bool:
