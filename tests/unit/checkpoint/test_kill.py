@@ -57,7 +57,8 @@ def _sweep(folder: Path, results: "multiprocessing.SimpleQueue[list]") -> None:
         step = _store(folder).read_documents(path)["loop"]
         targets = {name: torch.zeros_like(tensor) for name, tensor in _tensors(0).items()}
         _store(folder).load(path, targets)
-        faults = verify(path)
+        marked = [entry for entry in folder.iterdir() if (entry / "COMPLETE.json").exists()]
+        faults = [fault for entry in marked for fault in verify(entry)]
         again = _store(folder).save(3, _tensors(3), {})
         left = [entry.name for entry in folder.iterdir()]
         found.append((code, step, targets["loop.step"].item(), faults, left, verify(again)))
