@@ -36,13 +36,19 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a kill at any instant leaves it whole or absent, and flush it to the disk."""
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("wb") as file:
+def write_flushed(path: Path, data: bytes) -> None:
+    """Write a file's bytes to the disk; its name is lasting only after `flush_folder`."""
+    with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a kill at any instant leaves it whole or absent, after all that the folder held before."""
+    scratch = path.with_name(path.name + ".tmp")
+    write_flushed(scratch, data)
+    flush_folder(path.parent)
     scratch.replace(path)
     flush_folder(path.parent)
 

@@ -51,34 +51,46 @@ def tiling_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
 
 
 def local_box(name: str, tensor: Tensor | DTensor) -> Box:
-    """The box of the global tensor that this rank holds (all of it for a plain tensor, nothing outside the mesh).
+    """The box of the global tensor that this rank holds: all of it for a plain tensor, nothing outside the mesh.
 
-    Raises CheckpointError for a layout whose local part is not one box, or not the box that DTensor reports.
+    Raises CheckpointError where DTensor, its local tensor and our own arithmetic do not agree on that box.
     """
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.ndim, tuple(tensor.shape))
-    if tensor.device_mesh.get_coordinate() is None:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
         return Box((0,) * tensor.ndim, (0,) * tensor.ndim)
-    _refuse_uneven_strides(name, tensor)
-    chunks = tensor.__create_chunk_list__()
-    box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
-    if len(chunks) != 1 or box.sizes != tuple(tensor.to_local().shape):
-        held = tuple(tensor.to_local().shape)
-        raise CheckpointError("unsupported layout", [f"{name} reports chunks {chunks} but holds a tensor of {held}"])
-    return box
+    reported = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]
+    held, ours = tuple(tensor.to_local().shape), _box_at(tensor, coordinate)
+    if ours is not None and 0 in ours.sizes and held == ours.sizes:
+        return ours  # an empty part lies nowhere
+    if ours is None or reported != [ours] or held != ours.sizes:
+        claims = f"torch places it at {reported}, it holds {held}, and it should be {ours or 'one part'}"
+        remedy = "cut another dim, or evenly"
+        raise CheckpointError("unsupported layout", [f"{name} as {tensor.placements}: {claims}; {remedy}"])
+    return ours
 
 
-def _refuse_uneven_strides(name: str, tensor: DTensor) -> None:
-    # FSDP2 over an expert DTensor cuts what `ep` left, but records the cut as a strided shard of the whole. The two
-    # agree only for even cuts: 6 experts on ep 2 x dp 2 would be saved with experts 3, 4, 5 in the wrong places.
-    mesh, dims = tensor.device_mesh, [getattr(placement, "dim", -1) for placement in tensor.placements]
-    for axis, placement in enumerate(tensor.placements):
-        factor = getattr(placement, "split_factor", None)
-        if factor is None:
+def _box_at(tensor: DTensor, coordinate: Sequence[int]) -> Box | None:
+    # Worked out again because a wrong place here is an expert silently swapped for another. FSDP2 over an expert
+    # DTensor cuts what `ep`, an inner axis, has left; it records that as a shard with a stride over all inner cuts.
+    # So inner shards cut first, strided ones after them, each as torch.chunk does; any other stride is no one part.
+    mesh, spans = tensor.device_mesh, [(0, size) for size in tensor.shape]
+    dims = [getattr(placement, "dim", None) for placement in tensor.placements]
+    strides = [getattr(placement, "split_factor", None) for placement in tensor.placements]
+    for axis, stride in enumerate(strides):
+        if stride is not None and stride != math.prod(
+            mesh.size(inner) for inner in range(axis + 1, mesh.ndim) if dims[inner] == dims[axis]
+        ):
+            return None
+    plain = [axis for axis, stride in enumerate(strides) if stride is None]
+    strided = [axis for axis, stride in enumerate(strides) if stride is not None]
+    for axis in plain + strided[::-1]:
+        dim = dims[axis]
+        if dim is None:
             continue
-        cuts = {i: mesh.size(i) for i, dim in enumerate(dims) if dim == dims[axis]}
-        inner, size = math.prod(n for i, n in cuts.items() if i > axis), tensor.shape[dims[axis]]
-        if factor != inner or size % math.prod(cuts.values()):
-            rule = f"dim {dims[axis]} has size {size} and is cut {list(cuts.values())} ways with a stride of {factor}"
-            remedy = "make the size a multiple of the cuts, or shard another dim"
-            raise CheckpointError("unsupported layout", [f"{name}: {rule}, which is no contiguous part; {remedy}"])
+        first, size = spans[dim]
+        piece = -(-size // mesh.size(axis))
+        begin = min(size, coordinate[axis] * piece)
+        spans[dim] = (first + begin, min(piece, size - begin))
+    return Box(tuple(first for first, _ in spans), tuple(size for _, size in spans))

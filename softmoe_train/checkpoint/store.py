@@ -24,6 +24,7 @@ from softmoe_train.checkpoint.folder import (
     step_folder,
     step_folders,
     step_of,
+    write_flushed,
     write_whole,
 )
 from softmoe_train.checkpoint.layout import local_box
@@ -133,9 +134,9 @@ class CheckpointStore:
             remedy = "rank 0 does not see what other ranks wrote; the folder must be on a file system that all share"
             raise CheckpointError("not shared", [*unseen, remedy])
         for name, text in texts.items():
-            write_whole(path / f"{name}.json", text)
+            write_flushed(path / f"{name}.json", text)
         text = manifest.model_dump_json().encode()
-        write_whole(path / MANIFEST, text)
+        write_flushed(path / MANIFEST, text)
         hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
         mark = Mark(version=1, step=step, world=self.world, manifest=hashlib.sha256(text).hexdigest(), documents=hashes)
         write_whole(path / MARK, mark.model_dump_json(indent=1).encode())

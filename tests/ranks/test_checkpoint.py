@@ -1,8 +1,9 @@
 """A checkpoint saved by real ranks at one layout loads bit-equal at another, and a failing rank fails them all."""
 
 import json
-import os
 import resource
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from softmoe_train.checkpoint import CheckpointError, CheckpointStore, verify
 from tests.ranks.launch import RankFailedError, run_ranks
@@ -27,6 +29,8 @@ def truth() -> dict[str, Tensor]:
     return {
         EXPERTS: torch.arange(E * D * H).view(E, D, H).float(),
         "optimizer.exp_avg.blocks.1.moe.experts.w1": torch.arange(E * D * H).view(E, D, H).float().neg(),
+        "model.odd.moe.experts.w1": torch.arange(6 * D).view(6, D).double(),  # expert_dp cuts 3 experts into 2 and 1
+        "model.few.moe.experts.w1": torch.arange(2 * D).view(2, D).int(),  # and leaves ranks without any of these
         "model.blocks.0.attn.qkv.weight": torch.arange(7 * D).view(7, D).float() / 3,  # uneven over 2 and 4
         "model.blocks.0.mlp.weight": torch.arange(D * 8).view(D, 8).float() / 7,
         "model.half": torch.arange(11).bfloat16() / 3,
@@ -58,7 +62,7 @@ def placed(full: dict[str, Tensor], world: int, axis: int) -> dict[str, Tensor]:
 def _expert(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     unit = nn.Module()
     on_ep = distribute_tensor(tensor.clone(), mesh["ep"], [Shard(0)], src_data_rank=None)
-    unit.weight = nn.Parameter(on_ep)
+    unit.weight = nn.Parameter(on_ep, requires_grad=on_ep.is_floating_point())
     if mesh["expert_dp"].size() > 1:
         fully_shard(unit, mesh=mesh["expert_dp"])
     return unit.weight.data
@@ -148,9 +152,7 @@ def test_damage_that_one_rank_meets_is_reported_by_all_before_anything_is_writte
     folders = {}
     for damage in ("missing", "truncated", "flipped"):
         folder = tmp_path / damage
-        (folder / source.name).mkdir(parents=True)
-        for file in source.iterdir():
-            (folder / source.name / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(source, folder / source.name)
         file = folder / source.name / "rank_00003.safetensors"  # experts 6 and 7, which only rank 1 of 2 needs
         data = bytearray(file.read_bytes())
         if damage == "missing":
@@ -184,9 +186,32 @@ def _opened_by_a_matching_load(rank: int, world: int, folder: str) -> set[str]:
     return {name for name in opened if name.endswith(".safetensors")}
 
 
-def test_a_rank_opens_only_the_files_that_it_needs(tmp_path: Path) -> None:
-    opened = run_ranks(_opened_by_a_matching_load, 2, str(tmp_path))
-    assert opened == [{"rank_00000.safetensors"}, {"rank_00001.safetensors"}]
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[set[str]]]:
+    """A checkpoint of 2 ranks with half the experts each, and the files that each opened to load it again."""
+    folder = tmp_path_factory.mktemp("halves")
+    return folder / "step_00000001", run_ranks(_opened_by_a_matching_load, 2, str(folder))
+
+
+def test_a_rank_opens_only_the_files_that_it_needs(halves: tuple[Path, list[set[str]]]) -> None:
+    assert halves[1] == [{"rank_00000.safetensors"}, {"rank_00001.safetensors"}]
+
+
+def test_files_of_two_ranks_that_were_swapped_are_refused_by_name(
+    halves: tuple[Path, list[set[str]]], tmp_path: Path
+) -> None:
+    path = shutil.copytree(halves[0], tmp_path / halves[0].name)
+    first, second = (path / f"rank_0000{rank}.safetensors" for rank in (0, 1))
+    assert first.stat().st_size == second.stat().st_size  # so that only the hash can tell
+    first.rename(path / "aside")
+    second.rename(first)
+    (path / "aside").rename(second)
+    target = torch.zeros(E, D, H)
+    with pytest.raises(CheckpointError) as error:
+        store_at(str(tmp_path), 0, 1).load(path, {EXPERTS: target})
+    assert [line.split(":")[0] for line in error.value.problems] == [first.name, second.name]
+    assert not target.any()
+    assert len([line for line in verify(path) if "sha256" in line]) == 2
 
 
 def _save_where_rank_1_has_no_room(rank: int, world: int, folder: str) -> tuple[list[str], str | None]:
@@ -216,32 +241,34 @@ def _save_while_rank_1_is_killed(rank: int, world: int, folder: str) -> None:
     store = store_at(folder, rank, world)
     store.save(1, placed(truth(), world, axis=2), {})
 
-    def kill_while_writing(event: str, args: tuple) -> None:
-        if event == "open" and str(args[0]).endswith("step_00000002/rank_00001.safetensors"):
-            os.kill(os.getpid(), 9)
-
+    big = distribute_tensor(torch.ones(1000, 1000), init_device_mesh("cpu", (world,)), [Shard(0)], src_data_rank=None)
     if rank == 1:
-        sys.addaudithook(kill_while_writing)
-    store.save(2, placed(truth(), world, axis=2), {})
+        # The kernel kills us in the middle of a write, at this byte of the file.
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    store.save(2, {"model.big": big}, {})
 
 
 def test_a_rank_killed_while_it_writes_leaves_the_previous_checkpoint_the_latest(tmp_path: Path) -> None:
-    with pytest.raises(RankFailedError, match="rank 1 of 2:\nkilled by SIGKILL"):
+    with pytest.raises(RankFailedError, match="rank 1 of 2:\nkilled by SIGXFSZ"):
         run_ranks(_save_while_rank_1_is_killed, 2, str(tmp_path))
     latest = store_at(str(tmp_path), 0, 1).latest()
     assert latest == tmp_path / "step_00000001"
     assert verify(latest) == []
-    assert (tmp_path / "step_00000002").is_dir()
+    assert (tmp_path / "step_00000002" / "rank_00001.safetensors").stat().st_size == 1_000_000
 
 
-def _save_uneven_experts(rank: int, world: int, folder: str) -> list[str]:
-    tensors = placed({EXPERTS: torch.arange(6.0).view(6, 1)}, world, axis=2)
+def _save_scattered(rank: int, world: int, folder: str) -> list[str]:
+    mesh = init_device_mesh("cpu", (world,))
+    scattered = DTensor.from_local(torch.ones(4), mesh, [_StridedShard(0, split_factor=2)], run_check=False)
     with pytest.raises(CheckpointError) as error:
-        store_at(folder, rank, world).save(1, tensors, {})
+        store_at(folder, rank, world).save(1, {"model.weight": scattered}, {})
     return error.value.problems
 
 
-def test_a_strided_shard_that_torch_misplaces_is_refused(tmp_path: Path) -> None:
-    for problems in run_ranks(_save_uneven_experts, 4, str(tmp_path)):
-        assert len(problems) == 1
-        assert "size 6 and is cut [2, 2] ways" in problems[0]
+def test_a_layout_whose_local_part_is_not_one_box_is_refused(tmp_path: Path) -> None:
+    for problems in run_ranks(_save_scattered, 2, str(tmp_path)):
+        assert len(problems) == 2  # each rank's own
+        assert problems[0].startswith("model.weight as (_StridedShard")
+    assert list(tmp_path.iterdir()) == []
