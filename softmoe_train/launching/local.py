@@ -25,8 +25,8 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int) -> i
     """Run `command` in `processes` local workers with torchrun's environment, and return the exit code of the whole.
 
     A worker's main belongs in `run_worker`. 0 when all ended well; when one fails the others are ended within seconds,
-    its traceback is printed last, and its exit code returned (128 + n for signal n). SIGINT and SIGTERM are passed on to
-    the process groups of all workers, which are killed `grace_seconds` later if they still run; the code is 130 or 143.
+    its traceback is printed last, and its exit code returned (128 + n for signal n). SIGINT and SIGTERM go on to the
+    process groups of all workers, which are killed `grace_seconds` later if they still run; the code is 130 or 143.
     Must be called from the main thread: the workers die with it, and signals arrive there.
     """
     with ExitStack() as stack:

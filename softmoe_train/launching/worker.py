@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -42,11 +43,18 @@ def run_worker(main: Callable[[], int]) -> int:
         die_with_parent()
     try:
         return main()
+    except KeyboardInterrupt:  # Ctrl-C reaches every rank: a traceback from each would bury the last thing they said
+        exit_now(128 + signal.SIGINT)
     except Exception as error:
         get_error_handler().record_exception(error)
         if LAUNCHER not in os.environ:
             print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
             traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        exit_now(1)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process without waiting for threads, process groups or exit handlers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -127,7 +127,7 @@ def test_an_exit_code_of_a_worker_is_the_exit_code_of_the_launch(folder: Path) -
 
 @pytest.mark.parametrize(
     ("mode", "number", "code"),
-    [("sleep", signal.SIGINT, 130), ("sleep", signal.SIGTERM, 143), ("stubborn", signal.SIGTERM, 143)],
+    [("sleep", signal.SIGINT, 130), ("stubborn", signal.SIGTERM, 143)],
 )
 def test_a_signal_ends_all_ranks_within_seconds(folder: Path, mode: str, number: int, code: int) -> None:
     launch = start(mode, folder)
@@ -135,9 +135,19 @@ def test_a_signal_ends_all_ranks_within_seconds(folder: Path, mode: str, number:
     time.sleep(0.5)
     begin = time.monotonic()
     launch.send_signal(number)
-    assert finish(launch)[0] == code
+    assert finish(launch) == (code, "")
     assert time.monotonic() - begin < 5
     assert not any(map(is_running, workers))
+
+
+def test_within_the_grace_after_a_signal_the_ranks_can_save(folder: Path) -> None:
+    launch = start("save", folder, grace=20)
+    pids(folder, "rank0", "rank1")
+    begin = time.monotonic()
+    launch.send_signal(signal.SIGTERM)
+    assert finish(launch) == (143, "")
+    assert time.monotonic() - begin < 10  # it waits for them, not for the grace
+    assert [(folder / f"saved{rank}").exists() for rank in range(2)] == [True, True]
 
 
 def test_a_killed_launcher_leaves_no_worker_and_no_decoder(folder: Path) -> None:

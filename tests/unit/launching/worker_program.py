@@ -19,6 +19,8 @@ def main() -> int:
     if mode in ("stubborn", "raise-and-hang"):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+    elif mode == "save":
+        signal.signal(signal.SIGTERM, lambda number, frame: save(folder, rank))
     note(folder, f"rank{rank}")
     if mode == "sum":
         dist.init_process_group("gloo")
@@ -33,6 +35,8 @@ def main() -> int:
         dist.all_reduce(torch.zeros(1))  # fails when rank 1 has gone
     elif mode == "raise-and-hang":
         if rank == 1:
+            while not (folder / "rank0.pid").exists():
+                time.sleep(0.05)
             raise RuntimeError("expert 7 is on fire")
         time.sleep(120)
     elif mode == "killed":
@@ -42,7 +46,7 @@ def main() -> int:
         dist.all_reduce(torch.zeros(1))
     elif mode == "code":
         return 75 if rank == 1 else 0
-    elif mode in ("sleep", "stubborn"):
+    elif mode in ("sleep", "stubborn", "save"):
         time.sleep(120)
     elif mode == "decode":
         for _ in DataLoader(Endless(folder, rank), num_workers=1, batch_size=None):
@@ -58,6 +62,12 @@ class Endless(torch.utils.data.IterableDataset):
         note(self.folder, f"decode{self.rank}")
         while True:
             yield torch.zeros(1)
+
+
+def save(folder: Path, rank: int) -> None:
+    time.sleep(1)
+    (folder / f"saved{rank}").touch()
+    sys.exit(0)
 
 
 def note(folder: Path, name: str) -> None:
