@@ -1,0 +1,53 @@
+"""This file owns how a process knows that it is one of several: torchrun's variables, and srun's read as torchrun's."""
+
+import re
+from collections.abc import Mapping, MutableMapping
+
+PORTS = range(15000, 31000)  # below Linux's ephemeral ports (from 32768), above the usual services
+
+
+def under_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether this process is a worker that torchrun, our own launcher or `srun` with several tasks started.
+
+    A shell in `salloc` or a batch script has SLURM_NTASKS, and a batch script even SLURM_PROCID=0, without being a
+    worker: only srun's own step variables tell. A step of one task starts its workers itself, or is alone.
+    Raises ValueError if RANK or WORLD_SIZE is set without the other.
+    """
+    found = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
+    if len(found) == 1:
+        missing = "WORLD_SIZE" if found == ["RANK"] else "RANK"
+        raise ValueError(
+            f"{found[0]}={environ[found[0]]} is set in the environment without {missing}: "
+            "a launcher sets both; unset it, or start through torchrun or srun"
+        )
+    return bool(found) or is_srun_task(environ)
+
+
+def is_srun_task(environ: Mapping[str, str]) -> bool:
+    """Whether this process is one of several tasks of an srun step."""
+    step = all(name in environ for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"))
+    return step and int(environ["SLURM_STEP_NUM_TASKS"]) > 1
+
+
+def adopt_environment(environ: MutableMapping[str, str]) -> None:
+    """Under plain srun, set the variables that torchrun would have; torchrun inside srun is left as it is.
+
+    MASTER_ADDR is the step's first host, where srun puts task 0; MASTER_PORT comes from job and step, so every task
+    finds the same one and two steps on one host rarely meet. Either is kept where it is set already.
+    """
+    if "RANK" in environ or not is_srun_task(environ):
+        return
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in environ:
+        environ["MASTER_ADDR"] = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+    if "MASTER_PORT" not in environ:
+        job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+        environ["MASTER_PORT"] = str(PORTS[(job * 101 + step) % len(PORTS)])
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's compressed list: `gpu[003-005,9],login1` is `gpu003`."""
+    item = re.split(r",(?![^\[]*\])", nodelist.strip())[0]  # commas inside brackets separate numbers, not hosts
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", item)

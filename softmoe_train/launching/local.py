@@ -1,0 +1,156 @@
+"""This file owns the local launch: worker processes on this machine under torch's elastic agent, and how they end."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from softmoe_train.launching.worker import LAUNCHER
+
+SURVIVOR_SECONDS = 3  # what the ranks beside a failed one get after SIGTERM: their step cannot be finished any more
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def launch_local(processes: int, command: list[str], *, grace_seconds: int) -> int:
+    """Run `command` in `processes` local workers with torchrun's environment, and return the exit code of the whole.
+
+    A worker's main belongs in `run_worker`. 0 when all ended well; when one fails the others are ended within seconds,
+    its traceback is printed last, and its exit code returned (128 + n for signal n). SIGINT and SIGTERM go on to the
+    process groups of all workers, which are killed `grace_seconds` later if they still run; the code is 130 or 143.
+    Must be called from the main thread: the workers die with it, and signals arrive there.
+    """
+    with ExitStack() as stack:
+        log_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="softmoe_launch_"))
+        stack.enter_context(restored_signals())
+        stack.enter_context(worker_environment(processes))
+        stack.enter_context(quiet_elastic())
+        stack.enter_context(bounded_close(grace_seconds))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",  # the agent binds a free port itself, so no two launches can race for one
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+        )
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            return report_failure(error.failures)
+        except SignalException as error:
+            return 128 + error.sigval
+        except KeyboardInterrupt:  # before the agent had its handlers
+            return 128 + signal.SIGINT
+        return 0
+
+
+def report_failure(failures: dict[int, ProcessFailure]) -> int:
+    """Print the first failure last, the others in a line each before it, and return the exit code of the first."""
+    root, *others = sorted(failures, key=lambda rank: moment_of(failures[rank]))
+    for rank in others:
+        if failures[rank].exitcode != -signal.SIGTERM:  # that is how the agent ends the survivors
+            print(f"rank {rank} then {ending_of(failures[rank])}", file=sys.stderr)
+    trace = traceback_of(failures[root])  # its last line says what was raised
+    told = f":\n{trace.rstrip()}" if trace else f": it {ending_of(failures[root])}"
+    print(f"rank {root} failed first{told}", file=sys.stderr, flush=True)
+    code = failures[root].exitcode
+    return code if code > 0 else 128 - code
+
+
+def moment_of(failure: ProcessFailure) -> tuple[bool, float]:
+    """Sorts failures by cause: those the agent ended come last, the others by time.
+
+    An error file tells the nanosecond. A worker that was killed left none, and its time is when the agent saw it, cut
+    to the second: it comes before the errors that its death caused in the others, and after an error seconds before.
+    """
+    path = Path(failure.error_file)
+    when = path.stat().st_mtime if path.is_file() else float(failure.timestamp)
+    return failure.exitcode == -signal.SIGTERM, when
+
+
+def ending_of(failure: ProcessFailure) -> str:
+    """How a worker ended, in words."""
+    if failure.exitcode < 0:
+        return f"was ended by {signal.Signals(-failure.exitcode).name}"
+    message = failure.error_file_data.get("message")
+    if isinstance(message, dict):
+        return f"raised {message['message'].splitlines()[0]}"
+    return f"exited with {failure.exitcode}"
+
+
+def traceback_of(failure: ProcessFailure) -> str:
+    """The traceback that a worker left in its error file, or nothing."""
+    message = failure.error_file_data.get("message")
+    return message["extraInfo"]["py_callstack"] if isinstance(message, dict) else ""
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    """Puts back the signal handlers that the elastic agent replaces and leaves replaced."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def worker_environment(processes: int) -> Iterator[None]:
+    """The variables that workers inherit from us; ours, and those the agent adds, are taken back afterwards."""
+    before = dict(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def quiet_elastic() -> Iterator[None]:
+    """Keeps the agent's own account of a failure off the screen; ours is shorter."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    before, nowhere = logger.propagate, logging.NullHandler()
+    logger.propagate = False
+    logger.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        logger.removeHandler(nowhere)
+        logger.propagate = before
+
+
+@contextmanager
+def bounded_close(grace_seconds: int) -> Iterator[None]:
+    """Bounds how long the agent waits between asking workers to end and killing them.
+
+    After a failure it waits 30 s, which no option reaches: it calls `close()` bare. On a signal it names the signal,
+    and the workers may want the time to save.
+    """
+    close = PContext.close
+
+    def close_soon(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        close(self, death_sig, SURVIVOR_SECONDS if death_sig is None else grace_seconds)
+
+    PContext.close = close_soon
+    try:
+        yield
+    finally:
+        PContext.close = close

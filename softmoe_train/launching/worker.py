@@ -1,0 +1,60 @@
+"""This file owns how a worker lives and dies: with its launcher, and with its traceback where the launcher finds it."""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+LAUNCHER = "SOFTMOE_LAUNCHER_PID"  # set by our own launcher, which shows a failure itself
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def die_with_parent() -> None:
+    """Have the kernel SIGKILL this process when its parent dies, however it dies (Linux; elsewhere nothing happens).
+
+    The signal follows the parent THREAD that started this process: a launcher must start its workers from a thread that
+    lives as long as they do (torch's agent uses its main thread). It is not inherited by our own children.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    # Under our launcher the parent is known by number; elsewhere the first look is the best there is. Parent 1 does not
+    # tell an orphan: in a container the launcher itself is often process 1.
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os._exit(128 + signal.SIGKILL)
+
+
+def run_worker(main: Callable[[], int]) -> int:
+    """Run a worker's main and return its exit code; a worker whose main raises reports its traceback and exits with 1.
+
+    The traceback goes into the error file of torch's agent, and to stderr unless our own launcher will print it. The
+    exit is immediate: with a collective under way an orderly end of the interpreter can wait for ever, and the launcher
+    brings the others down only when this process has gone. What must be closed is closed in `main`, by `finally`.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # srun's steps have their own way of ending tasks
+        die_with_parent()
+    try:
+        return main()
+    except KeyboardInterrupt:  # Ctrl-C reaches every rank: a traceback from each would bury the last thing they said
+        exit_now(128 + signal.SIGINT)
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        if LAUNCHER not in os.environ:
+            print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+        exit_now(1)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process without waiting for threads, process groups or exit handlers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,181 @@
+"""Real processes: what a launch of two workers does when all goes well, when one fails, and when it is told to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+LAUNCH = """
+import sys
+from softmoe_train.launching.local import launch_local
+worker = [sys.executable, "-m", "tests.unit.launching.worker_program", *sys.argv[2:]]
+sys.exit(launch_local(2, worker, grace_seconds=int(sys.argv[1])))
+"""
+
+
+def start(mode: str, folder: Path, grace: int = 2, **environment: str) -> subprocess.Popen[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(grace), mode, str(folder)],
+        cwd=ROOT,
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(launch: subprocess.Popen[str]) -> tuple[int, str]:
+    out, err = launch.communicate(timeout=60)
+    assert out == ""
+    return launch.returncode, err
+
+
+def pids(folder: Path, *names: str) -> list[int]:
+    deadline = time.monotonic() + 40
+    paths = [folder / f"{name}.pid" for name in names]
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, sorted(folder.iterdir())
+        time.sleep(0.05)
+    return [int(path.read_text()) for path in paths]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def seconds_until_gone(processes: list[int], limit: float) -> float:
+    begin = time.monotonic()
+    while any(is_running(pid) for pid in processes):
+        assert time.monotonic() - begin < limit, "still running"
+        time.sleep(0.02)
+    return time.monotonic() - begin
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    for path in tmp_path.glob("*.pid"):  # a failed test must not leave its workers behind
+        if is_running(int(path.read_text())):
+            os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def test_workers_form_one_group_and_end_well(folder: Path) -> None:
+    assert finish(start("sum", folder)) == (0, "")
+    assert [(folder / f"sum{rank}").read_text() for rank in range(2)] == ["3 of 2"] * 2
+
+
+@pytest.mark.parametrize("chosen", [None, "5"])
+def test_each_worker_gets_its_share_of_the_cores_unless_the_user_chose(folder: Path, chosen: str | None) -> None:
+    writes = f"import os; open({str(folder)!r} + '/' + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    program = f"""
+import sys
+from softmoe_train.launching.local import launch_local
+sys.exit(launch_local(2, [sys.executable, "-c", {writes!r}], grace_seconds=1))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": chosen} if chosen else {}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [(folder / str(rank)).read_text() for rank in range(2)] == [chosen or share] * 2
+
+
+def test_the_traceback_of_the_rank_that_failed_first_is_printed_once_and_last(folder: Path) -> None:
+    code, err = finish(start("raise", folder))
+    assert code == 1
+    assert err.count("Traceback") == 1
+    lines = err.strip().splitlines()
+    assert "rank 1 failed first:" in lines
+    assert lines[-1] == "RuntimeError: expert 7 is on fire"
+    assert lines.count(lines[-1]) == 1
+    assert len(lines) < 15, err
+
+
+def test_a_survivor_that_ignores_signals_is_ended_within_seconds(folder: Path) -> None:
+    launch = start("raise-and-hang", folder)
+    workers = pids(folder, "rank0", "rank1")
+    begin = time.monotonic()
+    code, err = finish(launch)
+    assert code == 1
+    assert time.monotonic() - begin < 12  # three seconds of grace, and the start of two interpreters
+    assert err.strip().endswith("RuntimeError: expert 7 is on fire")
+    assert not any(map(is_running, workers))
+
+
+def test_a_rank_that_was_killed_is_named_and_not_the_errors_it_caused(folder: Path) -> None:
+    code, err = finish(start("killed", folder))
+    assert code == 128 + signal.SIGKILL
+    assert err.strip().splitlines()[-1] == "rank 1 failed first: it was ended by SIGKILL"
+    assert "Traceback" not in err
+
+
+def test_an_exit_code_of_a_worker_is_the_exit_code_of_the_launch(folder: Path) -> None:
+    code, err = finish(start("code", folder))
+    assert code == 75
+    assert err.strip() == "rank 1 failed first: it exited with 75"
+
+
+@pytest.mark.parametrize(
+    ("mode", "number", "code"),
+    [("sleep", signal.SIGINT, 130), ("stubborn", signal.SIGTERM, 143)],
+)
+def test_a_signal_ends_all_ranks_within_seconds(folder: Path, mode: str, number: int, code: int) -> None:
+    launch = start(mode, folder)
+    workers = pids(folder, "rank0", "rank1")
+    time.sleep(0.5)
+    begin = time.monotonic()
+    launch.send_signal(number)
+    assert finish(launch) == (code, "")
+    assert time.monotonic() - begin < 5
+    assert not any(map(is_running, workers))
+
+
+def test_within_the_grace_after_a_signal_the_ranks_can_save(folder: Path) -> None:
+    launch = start("save", folder, grace=20)
+    pids(folder, "rank0", "rank1")
+    begin = time.monotonic()
+    launch.send_signal(signal.SIGTERM)
+    assert finish(launch) == (143, "")
+    assert time.monotonic() - begin < 10  # it waits for them, not for the grace
+    assert [(folder / f"saved{rank}").exists() for rank in range(2)] == [True, True]
+
+
+def test_a_killed_launcher_leaves_no_worker_and_no_decoder(folder: Path) -> None:
+    launch = start("decode", folder)
+    processes = pids(folder, "rank0", "rank1", "decode0", "decode1")
+    assert all(map(is_running, processes))
+    launch.kill()
+    assert seconds_until_gone(processes[:2], limit=5) < 1  # the kernel does this
+    seconds_until_gone(processes[2:], limit=8)  # torch's decoders look for their parent every 5 s
+    launch.communicate()
+
+
+def test_a_launch_leaves_nothing_in_the_process_that_made_it(folder: Path) -> None:
+    program = f"""
+import os, signal, sys, tempfile
+from softmoe_train.launching.local import launch_local
+before = dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+code = launch_local(2, [sys.executable, "-c", "raise SystemExit(3)"], grace_seconds=1)
+assert code == 3, code
+assert before == (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+assert os.listdir({str(folder)!r}) == []
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
