@@ -14,6 +14,7 @@ import re
 import stat
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -60,7 +61,7 @@ def expand_shards(spec: str | list[str] | None, *, key: str) -> list[str]:
             f"{key} is not set: name a folder, a glob or a brace pattern of tar shards, as in {key}=FOLDER."
         )
     paths = [os.path.abspath(path) for one in specs for path in _expand(one, key)]
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    twice = [path for path, times in Counter(paths).items() if times > 1]
     if twice:
         raise ValueError(f"{key}={spec} names {twice[0]} twice: a shard is read once an epoch; name it once.")
     return paths
