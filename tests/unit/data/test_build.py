@@ -55,6 +55,13 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert all(problem.startswith(key) for problem, key in zip(found, keys))
 
 
+def test_a_transform_below_the_image_size_is_refused_in_building_too(numbered_shards) -> None:
+    small = ResizeCentralCrop(kind="resize_central_crop", resize=7)
+    cfg = settings(test=str(numbered_shards(3)), test_transform=small)
+    with pytest.raises(ValueError, match=r"data\.test_transform\.resize=7 is below"):
+        build_eval_stream(cfg, image_size=8, num_classes=10, seed=0, batch_size=8, rank=0, world=1)
+
+
 def test_a_held_out_set_is_wanted_only_where_it_is_needed(numbered_shards) -> None:
     cfg = settings(train=str(numbered_shards(3)))
     assert problems(cfg) == []

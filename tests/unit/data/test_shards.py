@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from softmoe_train.data.shards import Shard, data_hash, expand_shards, index_shards, samples_of
 from tests.unit.data.conftest import write_tar
@@ -86,6 +87,7 @@ def test_members_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
         ("noextension", b"skipped"),
         ("two.json", b"{}"),
         ("two.png", b"second"),
+        ("README.md", b"no sample"),
     ]
     path = write_tar(tmp_path / "s.tar", members)
     samples = samples_of(index(path)[0])
@@ -93,6 +95,20 @@ def test_members_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
     assert [bytes_at(path, where) for where in samples.images.tolist()] == [b"picture", b"second"]
     assert bytes_at(path, samples.labels[0].tolist()) == b"3"
     assert samples.labels[1].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("name", ["omniglot40-test", "flowers5-test", "coco-captions"])
+def test_real_shards_are_indexed_as_webdataset_reads_them(shared: Path, name: str) -> None:
+    path = shared / f"{name}-000000.tar"
+    with path.open("rb") as file:
+        truth = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])))
+    samples = samples_of(index(path)[0])
+    assert samples.keys == [one["__key__"] for one in truth]
+    images = [one.get("jpg", one.get("png")) for one in truth]
+    data = path.read_bytes()
+    assert [data[start : start + size] for start, size in samples.images.tolist()] == images
+    labels = [None if start < 0 else data[start : start + size] for start, size in samples.labels.tolist()]
+    assert labels == [one.get("cls") for one in truth]
 
 
 @pytest.mark.parametrize("style", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -155,12 +171,21 @@ def test_an_index_is_made_once_and_again_when_the_file_changes(tmp_path: Path, i
         samples_of(first)
 
 
-def test_a_cut_off_cache_file_is_made_again(tmp_path: Path, index_cache: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 40, -20])
+def test_a_cut_off_cache_file_is_made_again(tmp_path: Path, index_cache: Path, kept: int) -> None:
     path = write_tar(tmp_path / "s.tar", [("a.cls", b"1")])
     first = index(path)
     [cached] = index_cache.rglob("*.jsonl")
-    cached.write_text(cached.read_text()[:40])
+    cached.write_text(cached.read_text()[:kept])
     assert index(path) == first
+    assert samples_of(first[0]).keys == ["a"]
+
+
+def test_without_a_place_for_the_cache_the_remedy_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
+        index(write_tar(tmp_path / "s.tar", [("a.cls", b"1")]))
 
 
 def test_the_cache_belongs_to_the_owner_alone_and_holds_only_json(tmp_path: Path, index_cache: Path) -> None:
