@@ -5,9 +5,10 @@ from softmoe_train.data.order import Order
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import DataConfig, ShardSpec, SyntheticConfig, TransformConfig, WebDatasetConfig
 from softmoe_train.data.shards import expand_shards, index_shards
-from softmoe_train.data.stream import Decoding, EvalStream, Pictures, Share, WebDatasetStream
+from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
 from softmoe_train.data.transforms import build_transform, check_transform
+from softmoe_train.data.workers import Decoding
 
 
 def build_stream(
@@ -66,6 +67,8 @@ def _pictures(
     num_classes: int,
     seed: int,
 ) -> Pictures:
+    for problem in check_transform(transform, image_size, key=f"{key}_transform"):
+        raise ValueError(problem)
     shards = list(index_shards(expand_shards(spec, key=key)))
     if not sum(shard.count for shard in shards):
         raise ValueError(

@@ -10,7 +10,7 @@ import io
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
 _EXIF_WITHIN = 1 << 17  # bytes from the start of a JPEG in which its EXIF block is looked for
@@ -34,6 +34,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
             return _upright(_to_rgb(picture), orientation)
     except (UnreadableSampleError, MemoryError):
         raise
+    except UnidentifiedImageError:  # its message holds a memory address
+        raise UnreadableSampleError("not a readable picture (neither JPEG, PNG, WebP nor PNM)") from None
     except Exception as error:  # decoders raise a dozen types on damaged bytes, and each means the same
         raise UnreadableSampleError(f"not a readable picture ({type(error).__name__}: {error})") from None
 

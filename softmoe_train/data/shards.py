@@ -14,6 +14,7 @@ import re
 import stat
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +26,7 @@ from webdataset.tariterators import group_by_keys
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pnm")
 LABEL_SUFFIX = "cls"
+_KNOWN = {*IMAGE_SUFFIXES, LABEL_SUFFIX}  # a key with none of these, a README say, is no sample
 
 _FORMAT = 1  # part of a cache file's name: raise it when the index changes
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
@@ -60,7 +62,7 @@ def expand_shards(spec: str | list[str] | None, *, key: str) -> list[str]:
             f"{key} is not set: name a folder, a glob or a brace pattern of tar shards, as in {key}=FOLDER."
         )
     paths = [os.path.abspath(path) for one in specs for path in _expand(one, key)]
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    twice = [path for path, times in Counter(paths).items() if times > 1]
     if twice:
         raise ValueError(f"{key}={spec} names {twice[0]} twice: a shard is read once an epoch; name it once.")
     return paths
@@ -69,17 +71,16 @@ def expand_shards(spec: str | list[str] | None, *, key: str) -> list[str]:
 def index_shards(paths: Iterable[str]) -> Iterator[Shard]:
     """One indexed shard after the other, so that the caller can show progress; raises ValueError at a damaged tar."""
     for path in paths:
-        yield _load(path)[0]
+        yield _load(path, with_samples=False)[0]
 
 
 def samples_of(shard: Shard) -> Samples:
     """What `shard` holds; raises ValueError where the file has changed since `shard` was made."""
-    now, body = _load(shard.path)
+    now, columns = _load(shard.path, with_samples=True)
     if now != shard:
         raise ValueError(
             f"{shard.path} has changed since this run indexed it: shards must stay as they are; start again."
         )
-    columns = json.loads(body)
     images, labels = (np.asarray(columns[name], np.int64).reshape(-1, 2) for name in ("images", "labels"))
     return Samples(columns["keys"], images, labels)
 
@@ -123,30 +124,30 @@ def _expand(spec: str, key: str) -> list[str]:
     return found
 
 
-def _load(path: str) -> tuple[Shard, str]:
-    """The shard and its samples as JSON, from the cache or else made now and cached."""
+def _load(path: str, *, with_samples: bool) -> tuple[Shard, dict[str, list]]:
+    """The shard and, if wanted, the columns of its samples: from the cache, or else made now and cached."""
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError(f"{path} is not a regular file: a shard is a tar file; name another.")
     name = json.dumps([_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns])
     cached = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.jsonl"
     try:
-        head, body = cached.read_text().splitlines()
-        return Shard(**json.loads(head)), body
+        with cached.open() as file:
+            return Shard(**json.loads(file.readline())), json.loads(file.readline()) if with_samples else {}
     except (FileNotFoundError, ValueError, TypeError):  # absent, or cut off by a full disk: make it again
         pass
-    shard, body = _make_index(path, facts)
-    _write_atomically(cached, json.dumps(shard._asdict()) + "\n" + body + "\n")
-    return shard, body
+    shard, columns = _make_index(path, facts)
+    _write_atomically(cached, f"{json.dumps(shard._asdict())}\n{json.dumps(columns)}\n")
+    return shard, columns
 
 
 def _cache_folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "softmoe_train" / "index"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "softmoe_train", "index")
     remedy = "set XDG_CACHE_HOME to a folder of your own."
     try:
+        folder = folder.expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         raise ValueError(f"{folder} cannot be made ({error}), and the shard indexes are kept there: {remedy}") from None
     facts = folder.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
@@ -165,10 +166,10 @@ def _write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, str]:
+def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, dict[str, list]]:
     try:
         with open(path, "rb") as file:
-            groups = list(group_by_keys(_members(file, facts.st_size)))
+            groups = [group for group in group_by_keys(_members(file, facts.st_size)) if _KNOWN & group.keys()]
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (tarfile.TarError, ValueError, EOFError, OverflowError, LookupError) as error:
@@ -181,7 +182,7 @@ def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, str]:
         "images": [next((group[s] for s in IMAGE_SUFFIXES if s in group), (-1, -1)) for group in groups],
         "labels": [group.get(LABEL_SUFFIX, (-1, -1)) for group in groups],
     }
-    return Shard(path, len(groups), digest, facts.st_size, facts.st_mtime_ns), json.dumps(columns)
+    return Shard(path, len(groups), digest, facts.st_size, facts.st_mtime_ns), columns
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[dict[str, object]]:

@@ -6,17 +6,13 @@ by its first global sample: the number of workers cannot change the order.
 Letters: B images of this rank's batch, L streams, W ranks, g a global sample.
 """
 
-import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from softmoe_train.data.batch import Batch, Broken, Cursor
 from softmoe_train.data.decode import UnreadableSampleError
@@ -25,6 +21,7 @@ from softmoe_train.data.order import Order
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.shards import data_hash
 from softmoe_train.data.transforms import Transform
+from softmoe_train.data.workers import Decoding, load_batches
 
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
@@ -51,15 +48,6 @@ class Share:
                 f"cursor={cursor.position} is not a multiple of data.streams={self.streams}: a batch begins where all "
                 f"streams have given equally many samples; continue with the data.streams of the run that saved it."
             )
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How batches are prepared: worker processes, batches ahead of each, and how many broken samples are borne."""
-
-    workers: int
-    prefetch: int
-    max_broken: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +130,7 @@ class WebDatasetStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the position last given to `seek`, for ever; raises RuntimeError above `max_broken`."""
-        return _load(self._batches, _Positions(self._start, self._batches.share.global_batch), self._decoding)
+        return load_batches(self._batches, _Positions(self._start, self._batches.share.global_batch), self._decoding)
 
     def fingerprint(self) -> dict[str, object]:
         """What decides the order: the shards' contents and the keys of the permutations."""
@@ -213,56 +201,4 @@ class EvalStream:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _load(self._batches, range(len(self)), self._decoding)
-
-
-def _load(batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding) -> Iterator[Batch]:
-    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies."""
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=positions,
-        collate_fn=_as_it_is,
-        num_workers=decoding.workers,
-        prefetch_factor=decoding.prefetch if decoding.workers else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # its own: the loader's seed must not advance the global one
-    )
-    broken: list[Broken] = []
-    for batch in loader:
-        broken += batch.broken
-        if len(broken) > decoding.max_broken:
-            raise RuntimeError(_too_many(broken, decoding.max_broken))
-        yield batch
-
-
-def _too_many(broken: Sequence[Broken], limit: int) -> str:
-    shown = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in broken[-5:])
-    return (
-        f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
-        "repair the shards, or raise data.max_broken if their loss does not matter."
-    )
-
-
-def _as_it_is(batch: Any) -> Batch:
-    return batch
-
-
-def _start_worker(_: int) -> None:
-    """Make a decode worker single-threaded, and deaf to signals that are meant for the training process.
-
-    SLURM sends its warning and its SIGTERM to every process of a step, workers too; one that died of it would kill the
-    save that the signal asks for. A SIGTERM from the parent itself still ends the worker.
-    """
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+        return load_batches(self._batches, range(len(self)), self._decoding)

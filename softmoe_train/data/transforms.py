@@ -10,6 +10,7 @@ Letters: H W height and width in pixels, S side of the result.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,16 +30,15 @@ _ROUNDING = 2.0**-12
 
 def build_transform(cfg: TransformConfig, image_size: int) -> Transform:
     """The transform from a picture of any size to S x S x 3; it draws nothing unless its kind is random."""
-    match cfg:
+    match cfg:  # partials and not lambdas: a transform is sent to worker processes
         case InceptionCrop():
-            return lambda picture, draws: _inception_crop(picture, draws, cfg, image_size)
+            return partial(_inception_crop, cfg=cfg, side=image_size)
         case PaddedCrop():
-            return lambda picture, draws: _padded_crop(picture, draws, cfg, image_size)
+            return partial(_padded_crop, cfg=cfg, side=image_size)
         case ResizeCentralCrop():
-            return lambda picture, draws: resize_small_and_crop(picture, cfg.resize, image_size)
+            return partial(_resize_central_crop, cfg=cfg, side=image_size)
         case Resize():
-            side = cfg.resize or image_size
-            return lambda picture, draws: _central(resize_bilinear(picture, side, antialias=cfg.antialias), image_size)
+            return partial(_resize, cfg=cfg, side=image_size)
 
 
 def check_transform(cfg: TransformConfig, image_size: int, *, key: str) -> list[str]:
@@ -120,6 +120,14 @@ def _padded_crop(picture: Picture, draws: Draws, cfg: PaddedCrop, side: int) -> 
     padded = np.pad(picture, ((cfg.padding, cfg.padding), (cfg.padding, cfg.padding), (0, 0)))
     top, left = draws.below(2 * cfg.padding + 1), draws.below(2 * cfg.padding + 1)
     return _flipped(padded[top : top + side, left : left + side], draws, cfg.flip)
+
+
+def _resize_central_crop(picture: Picture, _: Draws, cfg: ResizeCentralCrop, side: int) -> Picture:
+    return resize_small_and_crop(picture, cfg.resize, side)
+
+
+def _resize(picture: Picture, _: Draws, cfg: Resize, side: int) -> Picture:
+    return _central(resize_bilinear(picture, cfg.resize or side, antialias=cfg.antialias), side)
 
 
 def _flipped(picture: Picture, draws: Draws, flip: bool) -> Picture:

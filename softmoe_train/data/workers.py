@@ -1,0 +1,77 @@
+"""This file owns the decode workers: the processes that prepare batches, what ends them and what must not."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from softmoe_train.data.batch import Batch, Broken
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How batches are prepared: worker processes, batches ahead of each, and how many broken samples are borne."""
+
+    workers: int
+    prefetch: int
+    max_broken: int
+
+
+def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding) -> Iterator[Batch]:
+    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=positions,
+        collate_fn=_as_it_is,
+        num_workers=decoding.workers,
+        prefetch_factor=decoding.prefetch if decoding.workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # its own: the loader's seed must not advance the global one
+    )
+    broken: list[Broken] = []
+    try:
+        for batch in loader:
+            broken += batch.broken
+            if len(broken) > decoding.max_broken:
+                raise RuntimeError(_too_many(broken, decoding.max_broken))
+            yield batch
+    except (ConnectionError, EOFError) as error:  # a batch is fetched from its worker, and that one is gone
+        raise RuntimeError("a decode worker ended unexpectedly: was it killed, for memory perhaps?") from error
+
+
+def _too_many(broken: Sequence[Broken], limit: int) -> str:
+    shown = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in broken[-5:])
+    return (
+        f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
+        "repair the shards, or raise data.max_broken if their loss does not matter."
+    )
+
+
+def _as_it_is(batch: Any) -> Batch:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """Make a decode worker single-threaded, and deaf to signals that are meant for the training process.
+
+    SLURM sends its warning and its SIGTERM to every process of a step, workers too; one that died of it would kill the
+    save that the signal asks for. A SIGTERM from the parent itself still ends the worker.
+    """
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
