@@ -35,7 +35,8 @@ def pick_device(kind: str, local_rank: int) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
-    device = torch.device(kind, local_rank)
+    # Modulo: with one GPU shown to each task, a task of local rank 3 still sees it as device 0.
+    device = torch.device(kind, local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 

@@ -82,7 +82,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        if name.startswith(("_c10d_functional.", "_c10d_functional_autograd.", "c10d.")) and not re.search("wait|wrap", name):
+        if name.startswith(("_c10d_functional.", "_c10d_functional_autograd.", "c10d.")) and not re.search(
+            "wait|wrap", name
+        ):
             tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
             self.calls.append((name.split(".")[1], sum(t.numel() * t.element_size() for t in tensors)))
         return func(*args, **(kwargs or {}))
