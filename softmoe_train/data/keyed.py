@@ -45,11 +45,9 @@ def permute(index: NDArray[np.int64], size: NDArray[np.int64] | int, key: U64) -
     The swap-or-not shuffle (Hoang, Morris and Rogaway 2012): each round pairs x with (k - x) mod size and a keyed bit
     of the pair decides whether they change places, so every round is a bijection for any size.
     """
-    shape = np.broadcast_shapes(index.shape, np.shape(size), key.shape)
-    x = np.broadcast_to(index, shape).astype(np.int64)
-    size = np.broadcast_to(np.asarray(size, np.int64), shape)
+    x, size = index, np.asarray(size, np.int64)
     rounds = np.arange(1, 2 * _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN)
-    keys = mix(np.broadcast_to(key, shape)[None] + rounds)
+    keys = mix(key + rounds)  # one column where all rows share a key
     pivots = (keys[:_ROUNDS] % size.astype(np.uint64)).astype(np.int64)
     for pivot, salt in zip(pivots, keys[_ROUNDS:], strict=True):
         partner = pivot - x

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from webdataset.gopen import gopen
 
 from softmoe_train.data import Batch, Cursor, WebDatasetConfig, build_eval_stream, build_stream
 from softmoe_train.data.order import Order
@@ -262,6 +263,8 @@ def test_hostile_members_and_variables_run_nothing_while_streaming(tmp_path: Pat
     batch = next(iter(stream(settings(train=".", workers=workers))))
     assert sorted(numbers_of(batch.images)) == list(range(8))
     assert not {"unpickled", "rewritten", "piped.tar"} & set(os.listdir(tmp_path))
+    gopen(str(tmp_path / "pipe:touch piped.tar")).read()
+    assert "rewritten" in os.listdir(tmp_path)  # the trap was live
 
 
 def test_a_shard_that_changes_under_a_run_stops_it(numbered_shards) -> None:
