@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies under `folder`."""
+    assert step >= 0, step
     return folder / f"step_{step:08d}"
 
 

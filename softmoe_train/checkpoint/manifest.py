@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -112,14 +113,14 @@ def described(name: str, chunk: StoredChunk) -> str:
     return name if chunk.experts is None else f"experts {chunk.experts[0]}..{chunk.experts[1] - 1} of {name}"
 
 
-def contents(manifest: Manifest, file: str) -> str:
-    """What a file holds, in words, tensor by tensor."""
-    return "; ".join(
-        described(name, chunk)
-        for name, tensor in manifest.tensors.items()
-        for chunk in tensor.chunks
-        if chunk.file == file
-    )
+def contents(manifest: Manifest, files: Collection[str]) -> dict[str, str]:
+    """What each of `files` holds, in words, tensor by tensor."""
+    held: dict[str, list[str]] = {file: [] for file in files}
+    for name, tensor in manifest.tensors.items():
+        for chunk in tensor.chunks:
+            if chunk.file in held:
+                held[chunk.file].append(described(name, chunk))
+    return {file: "; ".join(lines) for file, lines in held.items()}
 
 
 def to_json(value: JSON, name: str) -> bytes:
@@ -161,7 +162,7 @@ def _parse(kind: type[R], name: str, data: bytes) -> R:
 
 
 def _span_faults(file: str, size: int, spans: list[tuple[int, int, str]]) -> list[str]:
-    faults = []
+    faults = [] if spans else [f"{file} holds no chunk"]
     end = 8  # a safetensors file opens with the length of its header
     for start, stop, name in spans:
         if start < end:

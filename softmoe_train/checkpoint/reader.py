@@ -6,7 +6,7 @@ straight into the target). Two passes cost a second read but keep host memory at
 before all that every rank needs is known to be good.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -43,11 +43,7 @@ def plan_reads(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor | DT
         except CheckpointError as error:
             problems += error.problems
     reads.sort(key=lambda read: (read.chunk.file, read.chunk.start))
-    problems += [
-        f"{file} {fault}; it holds {contents(manifest, file)}"
-        for file in sorted({read.chunk.file for read in reads})
-        if (fault := file_fault(path / file, manifest.files[file]))
-    ]
+    problems += file_faults(path, manifest, {read.chunk.file for read in reads}).values()
     if problems:
         raise CheckpointError(f"{path} cannot be loaded", problems)
     return reads
@@ -78,8 +74,13 @@ def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTe
                     read_part(handle, read.tensor, read.chunk, read.part, target)
 
 
-def file_fault(path: Path, size: int) -> str | None:
-    """Why a file cannot hold what the manifest says, or None; opens nothing."""
+def file_faults(path: Path, manifest: Manifest, files: Iterable[str]) -> dict[str, str]:
+    """The files that cannot hold what the manifest says of them, each with why and what is lost; opens nothing."""
+    faults = {file: fault for file in sorted(files) if (fault := _size_fault(path / file, manifest.files[file]))}
+    return {file: f"{file} {faults[file]}; it holds {held}" for file, held in contents(manifest, faults).items()}
+
+
+def _size_fault(path: Path, size: int) -> str | None:
     if path.is_symlink() or not path.is_file():
         return "is missing"
     held = path.stat().st_size
@@ -91,6 +92,8 @@ def _reads_of(name: str, stored: StoredTensor, tensor: Tensor | DTensor) -> list
     if (shape, dtype) != (stored.shape, stored.dtype):
         fault = f"{name} is {stored.dtype} {stored.shape} in the checkpoint but {dtype} {shape} here"
         raise CheckpointError("different tensors", [fault])
+    if tensor.is_meta:  # a copy into it would succeed and leave nothing
+        raise CheckpointError("no room", [f"{name} is on the meta device here: materialise it before loading"])
     held = local_box(name, tensor)
     parts = [(chunk, overlap(held, chunk.box)) for chunk in stored.chunks]
     return [Read(name, stored, chunk, part, held) for chunk, part in parts if part is not None]

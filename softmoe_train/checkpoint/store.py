@@ -41,7 +41,7 @@ from softmoe_train.checkpoint.manifest import (
     read_mark,
     to_json,
 )
-from softmoe_train.checkpoint.reader import check_hashes, copy_reads, file_fault, plan_reads
+from softmoe_train.checkpoint.reader import check_hashes, copy_reads, file_faults, plan_reads
 from softmoe_train.checkpoint.writer import write_tensors
 from softmoe_train.config import Record
 
@@ -127,12 +127,10 @@ class CheckpointStore:
     def _complete(self, path: Path, step: int, manifest: Manifest | None, texts: Mapping[str, bytes]) -> None:
         """On rank 0: write all that is not tensors, the mark last."""
         assert manifest is not None, "rank 0 holds the manifest"
-        unseen = [
-            f"{file} {fault}" for file, size in manifest.files.items() if (fault := file_fault(path / file, size))
-        ]
+        unseen = file_faults(path, manifest, manifest.files)
         if unseen:
             remedy = "rank 0 does not see what other ranks wrote; the folder must be on a file system that all share"
-            raise CheckpointError("not shared", [*unseen, remedy])
+            raise CheckpointError("not shared", [*unseen.values(), remedy])
         for name, text in texts.items():
             write_flushed(path / f"{name}.json", text)
         text = manifest.model_dump_json().encode()

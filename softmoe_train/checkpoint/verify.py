@@ -8,12 +8,11 @@ from softmoe_train.checkpoint.manifest import (
     MARK,
     Manifest,
     Mark,
-    contents,
     read_hashed,
     read_manifest,
     read_mark,
 )
-from softmoe_train.checkpoint.reader import file_fault
+from softmoe_train.checkpoint.reader import file_faults
 from softmoe_train.checkpoint.shards import chunk_fault, header_entry, read_header
 
 
@@ -28,11 +27,10 @@ def verify(path: Path) -> list[str]:
         manifest = read_manifest(path, mark)
     except CheckpointError as error:
         return problems + error.problems
-    for file, size in manifest.files.items():
-        fault = file_fault(path / file, size)
-        problems += (
-            [f"{file} {fault}; it holds {contents(manifest, file)}"] if fault else _shard_faults(path, manifest, file)
-        )
+    broken = file_faults(path, manifest, manifest.files)
+    problems += broken.values()
+    for file in sorted(manifest.files.keys() - broken.keys()):
+        problems += _shard_faults(path, manifest, file)
     known = {MARK, MANIFEST, *manifest.files, *(f"{name}.json" for name in mark.documents)}
     return problems + [f"{p.name} does not belong here" for p in sorted(path.iterdir()) if p.name not in known]
 

@@ -259,16 +259,40 @@ def test_a_rank_killed_while_it_writes_leaves_the_previous_checkpoint_the_latest
     assert (tmp_path / "step_00000002" / "rank_00001.safetensors").stat().st_size == 1_000_000
 
 
-def _save_scattered(rank: int, world: int, folder: str) -> list[str]:
-    mesh = init_device_mesh("cpu", (world,))
+def _odd_layouts(rank: int, world: int, folder: str) -> dict[str, list[str]]:
+    """The problems of two layouts that are no box, and the folder of a save where rank 1 is outside a tensor's mesh."""
+    mesh, store = init_device_mesh("cpu", (world,)), store_at(folder, rank, world)
     scattered = DTensor.from_local(torch.ones(4), mesh, [_StridedShard(0, split_factor=2)], run_check=False)
-    with pytest.raises(CheckpointError) as error:
-        store_at(folder, rank, world).save(1, {"model.weight": scattered}, {})
-    return error.value.problems
+    short = DTensor.from_local(torch.ones(3), mesh, [Shard(0)], run_check=False, shape=torch.Size([8]), stride=(1,))
+    found = {}
+    for name, tensor in {"scattered": scattered, "short": short}.items():
+        with pytest.raises(CheckpointError) as error:
+            store.save(1, {f"model.{name}": tensor}, {})
+        found[name] = error.value.problems
+    lone = distribute_tensor(torch.arange(6.0), DeviceMesh("cpu", [0]), [Shard(0)], src_data_rank=None)
+    path = store.save(2, {"model.lone": lone, "model.shared": torch.ones(2)}, {})
+    return {**found, "path": [str(path)]}
 
 
-def test_a_layout_whose_local_part_is_not_one_box_is_refused(tmp_path: Path) -> None:
-    for problems in run_ranks(_save_scattered, 2, str(tmp_path)):
-        assert len(problems) == 2  # each rank's own
-        assert problems[0].startswith("model.weight as (_StridedShard")
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture(scope="module")
+def odd_layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What both ranks report of them."""
+    first, second = run_ranks(_odd_layouts, 2, str(tmp_path_factory.mktemp("odd")))
+    assert first == second
+    return first
+
+
+@pytest.mark.parametrize("name", ["scattered", "short"])
+def test_a_layout_whose_local_part_is_not_the_box_it_should_be_is_refused(
+    odd_layouts: dict[str, list[str]], name: str
+) -> None:
+    assert len(odd_layouts[name]) == 2  # each rank's own
+    assert all(line.startswith(f"model.{name} as (") for line in odd_layouts[name])
+    assert [path.name for path in Path(odd_layouts["path"][0]).parent.iterdir()] == ["step_00000002"]
+
+
+def test_a_tensor_that_only_some_ranks_hold_is_saved_whole(odd_layouts: dict[str, list[str]]) -> None:
+    path = Path(odd_layouts["path"][0])
+    tensors = {"model.lone": torch.zeros(6), "model.shared": torch.zeros(2)}
+    store_at(str(path.parent), 0, 1).load(path, tensors)
+    assert torch.equal(tensors["model.lone"], torch.arange(6.0))

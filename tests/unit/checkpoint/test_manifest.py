@@ -63,6 +63,7 @@ def test_a_file_name_that_is_no_plain_base_name_is_refused(file: str, place: str
     ("path", "value", "words"),
     [
         (("version",), 2, "literal_error"),
+        (("files",), {**SOUND["files"], "rank_00002.safetensors": 8}, "rank_00002.safetensors holds no chunk"),
         (("extra",), 1, "extra_forbidden"),
         (("tensors", NAME, "dtype"), "object", "literal_error"),
         (("tensors", NAME, "shape"), [5, 2], "hold 8 of 10 elements"),

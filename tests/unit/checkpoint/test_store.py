@@ -114,6 +114,13 @@ def test_all_that_is_missing_or_different_is_reported_at_once(saved: Path) -> No
         assert any(line.startswith(names) and words in line for line in lines), (names, lines)
 
 
+def test_a_target_without_storage_is_refused(saved: Path) -> None:
+    targets = blank(truth())
+    targets[W1] = targets[W1].to("meta")
+    with pytest.raises(CheckpointError, match=f"{W1} is on the meta device"):
+        store_in(saved.parent).load(saved, targets)
+
+
 def test_a_prefix_loads_a_part_and_is_strict_within_it(saved: Path) -> None:
     part = {name: tensor for name, tensor in blank(truth()).items() if name.startswith("model.")}
     store_in(saved.parent).load(saved, part, prefix="model.")
