@@ -46,7 +46,7 @@ def write_tensors(
 
 
 class _Planner(DefaultSavePlanner):
-    """The default plan without empty boxes: a rank outside a tensor's mesh reports one that has no dims."""
+    """The default plan without the empty boxes of ranks that a cut left with nothing."""
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()

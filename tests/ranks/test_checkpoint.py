@@ -114,6 +114,11 @@ def test_a_save_at_4_ranks_is_strided_and_has_no_fault(saved: tuple[Path, list[t
     assert verify(folder / "step_00000200") == []
 
 
+def test_nothing_is_stored_for_ranks_that_a_cut_left_empty(saved: tuple[Path, list[tuple[str, str]]]) -> None:
+    tensors = json.loads((saved[0] / "step_00000200" / "manifest.json").read_text())["tensors"]
+    assert [chunk["experts"] for chunk in tensors["model.few.moe.experts.w1"]["chunks"]] == [[0, 1], [1, 2]]
+
+
 @pytest.mark.parametrize(("world", "axis"), [(2, 1), (2, 2), (4, 4)])
 def test_it_loads_bit_equal_at_another_layout(saved: tuple[Path, list[tuple[str, str]]], world: int, axis: int) -> None:
     for wrong, _, documents in run_ranks(_load, world, str(saved[0]), axis):
