@@ -4,6 +4,7 @@ Every mistake is found before it is reported: all of them go into one message.
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,7 +76,7 @@ def parse(record: type[R], tree: Tree) -> tuple[R | None, list[str]]:
     unknown = [d for d in details if d["type"] == "extra_forbidden"]
     problems += [_unknown_key(d["loc"], tree) for d in unknown]
     if not unknown:
-        return None, [_wording(d) for d in details]
+        return None, [_wording(d, tree) for d in details]
     config, others = parse(record, _without(tree, [_path_in(d["loc"], tree) for d in unknown]))
     return config, problems + others
 
@@ -162,10 +163,13 @@ def _override_wording(override: str, error: Exception, chosen: list[str]) -> str
         return f"{override}: not an override; write key=value (quote values with spaces or commas)"
     if _chooses_group(override):
         folder = config_folder() / parsed.key_or_group
-        options = sorted(f.stem for f in folder.glob("*.yaml"))
+        options = sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))
         return f"{override}: no such file under conf/{parsed.key_or_group}; use one of {', '.join(options)}"
-    if "not in struct" in str(error) or "Could not override" in str(error):
-        return _no_such_key(override, parsed.key_or_group, _leaves(_resolved(chosen)))
+    told = f"{error}\n{error.__cause__}"
+    if "not in struct" in told or "Could not override" in told:
+        named = re.search(r"full_key: (\S+)", told)  # inside the value, where that is a mapping
+        key = max(parsed.key_or_group, named.group(1) if named else "", key=len)
+        return _no_such_key(override, key, _leaves(_resolved(chosen)))
     return f"{override}: {_first_line(error)}"
 
 
@@ -215,11 +219,12 @@ def _without(tree: Tree, paths: list[tuple[int | str, ...]]) -> Tree:
     return {str(key): value for key, value in pruned.items()}
 
 
-def _wording(detail: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+def _wording(detail: ErrorDetails, tree: Tree) -> str:
+    key = ".".join(map(str, _path_in(detail["loc"], tree)))
     if detail["type"] == "value_error":
         # A rule of our own, which names its keys itself.
         return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
     if detail["type"] == "missing":
         return f"{key}: no value; give one"
-    return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+    given = "" if isinstance(detail["input"], dict) else f"={detail['input']!r}"
+    return f"{key}{given}: {detail['msg'][0].lower()}{detail['msg'][1:]}"

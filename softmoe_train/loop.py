@@ -3,6 +3,7 @@
 Nothing in a step waits for the device: reports hold tensors, which are read only where a report is written or a save is due.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.data.batch import Batch, Cursor, ImageStream
-from softmoe_train.dist import gather_over_world, sum_over_world
+from softmoe_train.dist import gather_over_world, local_values, sum_over_world
 from softmoe_train.engine.protocol import Engine, GradStats
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -91,10 +94,12 @@ class FiniteWatch:
 
     def __init__(self, device: torch.device) -> None:
         self.first = torch.tensor(-1, device=device)
+        self.skipped = torch.tensor(0.0, device=device)  # updates that were no-ops for a non-finite gradient
 
-    def see(self, step: int, loss: Tensor) -> None:
-        """Look at one step's loss without reading it."""
-        self.first = torch.where((self.first < 0) & ~loss.isfinite(), step, self.first)
+    def see(self, step: int, report: "StepReport") -> None:
+        """Look at one step without reading it."""
+        self.first = torch.where((self.first < 0) & ~report.loss.isfinite(), step, self.first)
+        self.skipped = self.skipped + report.grads.skipped
 
     def check(self) -> None:
         """Raise NonFiniteLossError on every rank if any rank saw one. The updates since were no-ops: weights are intact."""
@@ -122,9 +127,9 @@ def fit(
     evaluators: Mapping[str, Evaluator],
     store: CheckpointStore,
     log: SilentLog,
-    device: torch.device,
 ) -> str:
     """Train from `state` to the plan's last step; returns why it ended: "complete" or "stopped"."""
+    device = state.engine.device
     meter, watch = Meter(device), FiniteWatch(device)
     broken = 0
     stream.seek(state.cursor)
@@ -138,21 +143,20 @@ def fit(
         state.images_seen += batch.cursor.position - state.cursor.position
         meter.step(batch.cursor.position - state.cursor.position)
         state.cursor = batch.cursor
-        watch.see(state.step, report.loss)
-        broken += _say_broken(batch, log)
+        watch.see(state.step, report)
+        broken += _name_broken(batch)
         last = state.step == plan.last
         saves = last or _due(state.step, plan.save_every)
         if last or saves or _due(state.step, plan.report_every):
             watch.check()
-            log.report(state.step, state.images_seen, _train_metrics(report, lr, broken) | meter.read())
+            log.report(state.step, state.images_seen, _train_metrics(report, lr, watch, broken) | meter.read())
         with meter.paused():
             for source, evaluator in evaluators.items():
                 if last or _due(state.step, evaluator.every):
                     values = {f"{source}/{name}": value for name, value in evaluator.run(state)}
                     log.report(state.step, state.images_seen, values)
             if saves:
-                documents = {**plan.documents, "loop": state.loop_document()}
-                store.save(state.step, state.engine.state_dict(), documents)
+                _save(state, plan, store)
     return "complete" if state.step >= plan.steps else "stopped"
 
 
@@ -160,14 +164,28 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _train_metrics(report: StepReport, lr: float, broken: int) -> dict[str, float]:
+def _save(state: TrainState, plan: Plan, store: CheckpointStore) -> None:
+    """Write a checkpoint, unless what it would hold is not finite: then every rank raises and names what is wrong."""
+    tensors = state.engine.state_dict()
+    bad = {name: t for name, t in tensors.items() if t.is_floating_point() and not local_values(t).isfinite().all()}
+    if sum_over_world(torch.tensor(len(bad), device=state.engine.device)).item():
+        raise NonFiniteLossError(
+            f"step {state.step} is not saved: {', '.join(bad) or 'tensors of another rank'} hold values that are not finite; the "
+            f"last checkpoint stands. Lower schedule.peak or set optim.clip_norm"
+        )
+    store.save(state.step, tensors, {**plan.documents, "loop": state.loop_document()})
+
+
+def _train_metrics(report: StepReport, lr: float, watch: FiniteWatch, broken: int) -> dict[str, float]:
     """One step's measures, equal on every rank; reads the device."""
-    sums = sum_over_world(torch.stack([report.loss.double(), report.loss.new_tensor(broken).double()])).tolist()
-    metrics = {"train/loss": sums[0], "train/learning_rate": lr, "train/grad_norm": report.grads.norm.item()}
-    return metrics | ({"data/broken_samples": sums[1]} if sums[1] else {})
+    loss, samples = sum_over_world(torch.stack([report.loss, report.loss.new_tensor(broken)])).tolist()
+    metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": report.grads.norm.item()}
+    counts = {"train/skipped_updates": watch.skipped.item(), "data/broken_samples": samples}
+    return metrics | {name: count for name, count in counts.items() if count}
 
 
-def _say_broken(batch: Batch, log: SilentLog) -> int:
+def _name_broken(batch: Batch) -> int:
     for sample in batch.broken:
-        log.warn(f"replaced a broken sample: {sample.shard} {sample.key}: {sample.reason}")
+        # Not through the run's log: that is rank 0's, and every rank reads samples of its own.
+        logger.warning("replaced a broken sample: %s %s: %s", sample.shard, sample.key, sample.reason)
     return len(batch.broken)

@@ -110,14 +110,14 @@ def train(config: RunConfig, world: World) -> str:
         )
         engine = _engine(config, topology, device)
         stream = _stream(config, world)
-        evaluators = _evaluators(config, world, device)
+        evaluators = _evaluators(config, world)
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
         resumed = _resume(config, state, store, stream)
         log = _log(config, world, state, total=config.steps, resumed=resumed)
         reason = "failed"
         try:
-            reason = fit(state, _plan(config, stream), stream, evaluators, store, log, device)
+            reason = fit(state, _plan(config, stream), stream, evaluators, store, log)
         except BaseException as error:
             reason = f"failed: {type(error).__name__}: {error}"
             raise
@@ -153,7 +153,7 @@ def _stream(config: RunConfig, world: World) -> ImageStream:
     )
 
 
-def _evaluators(config: RunConfig, world: World, device: torch.device) -> dict[str, Evaluator]:
+def _evaluators(config: RunConfig, world: World) -> dict[str, Evaluator]:
     evaluators: dict[str, Evaluator] = {}
     if config.evals.upstream is not None:
         batches = build_eval_stream(
@@ -165,7 +165,7 @@ def _evaluators(config: RunConfig, world: World, device: torch.device) -> dict[s
             rank=world.rank,
             world=world.size,
         )
-        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, batches, config.loss, device)
+        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, batches, config.loss)
     return evaluators
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from softmoe_train.data.batch import Batch
@@ -18,6 +19,7 @@ class Engine(Protocol):
     """Holds weights, gradients and optimizer state, whatever their layout."""
 
     module: nn.Module
+    device: torch.device
 
     def forward_backward(self, batch: Batch, *, last: bool) -> Tensor:
         """Add the gradients of one micro-batch; returns this rank's share of the mean loss, float32, detached."""

@@ -26,6 +26,7 @@ class TorchEngine:
 
     def __init__(self, module: ViT, optim: OptimConfig, topology: Topology, loss: LossKind, global_batch: int) -> None:
         self.module: nn.Module = module
+        self.device = next(module.parameters()).device
         self.topology = topology
         self.optim = optim
         self.loss: LossKind = loss

@@ -27,18 +27,18 @@ class UpstreamConfig(Record):
 class UpstreamEvaluator:
     """Measures `test/top1` and `test/loss`, exact on every layout: each image counts once, padding never."""
 
-    def __init__(self, config: UpstreamConfig, batches: Iterable[Batch], loss: LossKind, device: torch.device) -> None:
+    def __init__(self, config: UpstreamConfig, batches: Iterable[Batch], loss: LossKind) -> None:
         self.every = config.every
         self.batches = batches
         self.loss: LossKind = loss
-        self.device = device
 
     @torch.no_grad()
     def run(self, state: TrainState) -> Iterator[tuple[str, float]]:
         """Precision@1 (the likeliest class is among the image's labels) and mean loss, over all images of all ranks."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        device = state.engine.device
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in self.batches:
-            batch = batch.to(self.device)
+            batch = batch.to(device)
             logits = state.engine.module(batch.images)
             loss = classification_loss(logits, batch.labels, self.loss)
             sums += torch.stack(

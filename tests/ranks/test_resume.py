@@ -1,0 +1,170 @@
+"""A run that is stopped, killed or moved to another layout goes on as if nothing had happened."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, command, environment, metrics, same_bits, softmoe, stored
+
+# Digits with random crops and a decode worker: order, augmentation and optimizer state all matter.
+DATA = [
+    "recipe=quickstart", "steps=20", "schedule.warmup_steps=5", "batch_size=32", "observe.every=1", "evals.upstream.every=0",
+    "data.workers=1", "transform@data.train_transform=padded_crop", "data.train_transform.padding=1",
+    "model.width=32", "model.depth=3", "checkpoint.every=10", "checkpoint.keep_last=5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the digits' shards."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("resume")
+    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", str(folder / "shards" / "digits")]
+    subprocess.run(maker, check=True, capture_output=True, env=environment())
+    return folder
+
+
+def go(folder: Path, run: str, ranks: int, axis: int, *more: str) -> Path:
+    layout = [f"run_dir={run}", f"processes={ranks}", f"parallel.expert_axis={axis}"]
+    softmoe(*DATA, *layout, *more, folder=folder)
+    return folder / run
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """20 steps on two ranks, expert axis 2, without interruption."""
+    return go(folder, "whole", 2, 2)
+
+
+@pytest.fixture(scope="module")
+def half(folder: Path) -> Path:
+    """The same, stopped after 10."""
+    return go(folder, "half", 2, 2, "stop_after=10")
+
+
+def copy_of(run: Path, name: str) -> str:
+    shutil.copytree(run, run.parent / name)
+    return name
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_ten_and_ten_steps_equal_twenty_bit_for_bit(folder: Path, sharding: str) -> None:
+    how = f"parallel.sharding={sharding}"
+    one = go(folder, f"one_{sharding}", 2, 2, how)
+    two = go(folder, f"two_{sharding}", 2, 2, how, "stop_after=10")
+    assert sorted(metrics(two, "train/loss")) == list(range(1, 11))
+    go(folder, f"two_{sharding}", 2, 2, how)
+    assert metrics(one, "train/loss") == metrics(two, "train/loss")
+    assert metrics(one, "train/grad_norm") == metrics(two, "train/grad_norm")
+    assert metrics(one, "upstream/test/loss")[20] == metrics(two, "upstream/test/loss")[20]
+    assert same_bits(stored(one, 20), stored(two, 20))
+    assert not same_bits(stored(one, 10), stored(one, 20))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "axis", "sharding"), [(2, 1, "replicated"), (4, 4, "replicated"), (4, 2, "fsdp"), (1, 1, "replicated")]
+)
+def test_another_layout_continues_the_same_losses(
+    whole: Path, half: Path, ranks: int, axis: int, sharding: str
+) -> None:
+    name = copy_of(half, f"moved_{ranks}_{axis}_{sharding}")
+    moved = go(half.parent, name, ranks, axis, f"parallel.sharding={sharding}")
+    compare(whole, moved, f"2 ranks, axis 2 -> {ranks} ranks, axis {axis}, {sharding}")
+
+
+def test_experts_gathered_in_one_place_can_be_spread(folder: Path, whole: Path) -> None:
+    go(folder, "gathered", 2, 1, "stop_after=10")
+    compare(whole, go(folder, "gathered", 2, 2), "2 ranks, axis 1 -> 2 ranks, axis 2, replicated")
+
+
+def compare(whole: Path, other: Path, what: str) -> None:
+    want, got = metrics(whole, "train/loss"), metrics(other, "train/loss")
+    assert want.keys() == got.keys()
+    worst = max(abs(want[step] - got[step]) for step in range(11, 21))
+    print(f"| {what} | {worst:.1e} |")
+    assert worst < 1e-5
+
+
+def test_a_run_killed_between_checkpoints_goes_on_as_if_it_had_not_been(folder: Path, whole: Path) -> None:
+    layout = ["run_dir=killed", "processes=2", "parallel.expert_axis=2"]
+    launcher = subprocess.Popen(
+        command(*DATA, *layout), cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        if line.split()[:2] == ["step", "13/20"]:
+            break
+    ranks = children_of(launcher.pid)
+    assert len(ranks) == 2
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in ranks):
+        assert time.monotonic() < deadline, "workers outlived their launcher"
+        time.sleep(0.05)
+    killed = go(folder, "killed", 2, 2)
+    assert metrics(killed, "train/loss") == metrics(whole, "train/loss")
+    assert same_bits(stored(killed, 20), stored(whole, 20))
+
+
+def test_control_c_ends_all_ranks_within_seconds(folder: Path) -> None:
+    launcher = subprocess.Popen(
+        command(*DATA, "run_dir=interrupted", "processes=2", "steps=100000"),
+        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert launcher.stdout is not None
+    assert any(line.startswith("step") for line in launcher.stdout)
+    ranks = children_of(launcher.pid)
+    began = time.monotonic()
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGINT
+    assert time.monotonic() - began < 10
+    assert not any(alive(pid) for pid in ranks)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(folder: Path, whole: Path) -> None:
+    before = stored(whole, 20), (whole / "metrics.jsonl").read_text()
+    done = softmoe(*DATA, "run_dir=whole", "processes=2", "parallel.expert_axis=2", folder=folder)
+    assert "complete at step 20 of 20" in done.stdout
+    assert same_bits(before[0], stored(whole, 20))
+    assert before[1] == (whole / "metrics.jsonl").read_text()
+
+
+def test_settings_that_shape_the_numbers_may_not_change(folder: Path, half: Path) -> None:
+    name = copy_of(half, "changed")
+    done = softmoe(*DATA, f"run_dir={name}", "processes=2", "seed=5", "optim.clip_norm=2.0", folder=folder, ok=False)
+    assert done.returncode == 2
+    assert (
+        "run_dir=changed holds a run with other settings: optim.clip_norm=2.0 (was 1.0), seed=5 (was 0)" in done.stderr
+    )
+    assert "allow_changes=true" in done.stderr
+
+
+def test_other_images_are_not_taken_for_the_same_run(folder: Path, half: Path) -> None:
+    name = copy_of(half, "other_data")
+    done = softmoe(
+        *DATA, f"run_dir={name}", "processes=2", "data.train=shards/digits/test-*.tar", folder=folder, ok=False
+    )
+    assert done.returncode != 0
+    assert "data.train gives other samples than" in done.stderr
+
+
+def children_of(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    found = [int(child) for child in text.split()]
+    return [child for child in found if b"softmoe_train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()

@@ -1,0 +1,59 @@
+"""This file owns how tests start the real program and read what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SOFTMOE_SHARED", ROOT.parent / "shared")) / "data"
+
+
+def command(*overrides: str) -> list[str]:
+    """`softmoe train` with this interpreter, without W&B and without a bar."""
+    quiet = ["observe.wandb.mode=disabled", "observe.progress=plain"]
+    return [sys.executable, "-m", "softmoe_train", "train", *quiet, *overrides]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Ours, with this checkout on the path and one thread a process."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+
+def softmoe(*overrides: str, folder: Path, ok: bool = True, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run `softmoe train` in `folder` to its end; `ok` insists on exit code 0."""
+    done = subprocess.run(
+        command(*overrides),
+        cwd=folder,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(run: Path, name: str) -> dict[int, float]:
+    """One metric of a run by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def stored(run: Path, step: int) -> dict[str, Tensor]:
+    """Every rank file's tensors of a checkpoint, by file and name, exactly as they lie on the disk."""
+    files = sorted((run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))
+    assert files
+    return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
