@@ -4,7 +4,7 @@ B images  T tokens  D width  E experts  S slots per expert  H hidden  G routing 
 R expert ranks  e = E / R local experts  N = R·G·S rows of one expert
 """
 
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class MoEConfig(Record):
     expert_init: Literal["identical", "independent"]
 
 
+@runtime_checkable
 class SlotExchange(Protocol):
     """Carries every slot to the rank of its expert and back; `local` gives the experts' weights that lie here."""
 

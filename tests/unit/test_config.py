@@ -1,0 +1,132 @@
+"""Configuration: every file composes, every mistake is told at once, and nothing is started before."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, load_yaml, parse, save_yaml
+from softmoe_train.run import RunConfig, check
+
+FOLDER = config_folder()
+GROUPS = sorted(
+    (str(file.parent.relative_to(FOLDER)), file.stem)
+    for file in FOLDER.rglob("*.yaml")
+    if file.parent not in (FOLDER, FOLDER / "model" / "size") and not file.stem.startswith("_")
+)
+PLACES = {"transform": "transform@data.train_transform"}
+
+
+def compose_alone(*overrides: str) -> RunConfig:
+    return compose(RunConfig, list(overrides), lambda _: [])
+
+
+def problems_of(*overrides: str, size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compose(RunConfig, list(overrides), lambda config: check(config, size))
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("group", "name"), GROUPS)
+def test_every_file_under_conf_composes(group: str, name: str) -> None:
+    value = f"[{name}]" if group == "evals" else name
+    config = compose_alone(f"{PLACES.get(group, group)}={value}")
+    if group == "recipe":
+        assert config.name == name
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in (FOLDER / "recipe").glob("*.yaml")))
+def test_every_recipe_says_what_it_is_and_shrinks(recipe: str) -> None:
+    header = (FOLDER / "recipe" / f"{recipe}.yaml").read_text()
+    assert all(f"# {word}:" in header for word in ("Reproduces", "Command", "Hardware", "Time", "Score", "Reached"))
+    small = compose_alone(f"recipe={recipe}", "shrink=laptop")
+    assert small.steps <= 100
+    assert small.model.width <= 64
+
+
+def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() -> None:
+    problems = problems_of(
+        "recipe=debug", "model.widht=64", "modle.depth=3", "stpes=10", "parallel.expert_axis=3", "schedule.warmup_steps=21",
+        size=2,
+    )  # fmt: skip
+    assert len(problems) == 5, problems
+    assert "there is no key model.widht; did you mean model.width" in problems[0]
+    assert "there is no key modle.depth; did you mean model.depth" in problems[1]
+    assert "there is no key stpes; did you mean steps" in problems[2]
+    assert problems[3].startswith(
+        "parallel.expert_axis=3 does not divide model.moe.num_experts=4 nor the 2 ranks of this run; use 1 or 2"
+    )
+    assert "schedule.warmup_steps=21 plus schedule.cooldown_steps=0 exceed steps=20" in problems[4]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps=many", "steps='many': input should be a valid integer"),
+        ("steps=0", "steps=0: input should be greater than or equal to 1"),
+        ("+model.moe.capacity=2", "model.moe.capacity: there is no such key"),
+        ("model=vit_z99", "model=vit_z99: no such file under conf/model; use one of"),
+        ("model.patch_size=5", "model.patch_size=5 does not divide model.image_size=16; use one of [1, 2, 4, 8, 16]"),
+        ("data.streams=3", "data.streams=3: the number of ranks (1) must divide it"),
+        ("micro_batches=3", "micro_batches=3 does not divide the 16 images"),
+        ("data=cifar10", "data.train is not set: name a folder"),
+        ("schedule.timescale=3", "schedule.timescale=3 with schedule.kind=cosine"),
+        ("data.noise=loud", "data.noise='loud': input should be a valid number"),
+        ("optim.momentum=0.9", "optim.momentum=0.9: optim.kind=adamw does not use it; set null"),
+        ("]=[", "not an override; write key=value"),
+        ("steps", "not an override; write key=value"),
+    ],
+)
+def test_a_mistake_names_key_value_rule_and_remedy(override: str, said: str) -> None:
+    assert any(said in problem for problem in problems_of("recipe=debug", override)), problems_of(
+        "recipe=debug", override
+    )
+
+
+def test_missing_and_empty_shards_are_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    problems = problems_of("recipe=cifar10", f"data.train={tmp_path}/gone", f"data.test={tmp_path}/empty", size=2)
+    assert len(problems) == 2
+    assert "data.train=" in problems[0]
+    assert "gone" in problems[0]
+    assert "data.test=" in problems[1]
+
+
+def test_a_brace_pattern_needs_no_quotes_of_hydra() -> None:
+    config = compose_alone("recipe=cifar10", "data.train=shards/train-{000000..000003}.tar")
+    assert config.data.kind == "webdataset"
+    assert config.data.train == "shards/train-{000000..000003}.tar"
+
+
+def test_unknown_keys_do_not_hide_other_mistakes() -> None:
+    tree = compose_alone("recipe=debug").model_dump()
+    tree["surplus"] = 1
+    tree["data"]["surplus"] = 1
+    tree["seed"] = -1
+    config, problems = parse(RunConfig, tree)
+    assert config is None
+    assert [p.split(":")[0] for p in problems] == ["data.surplus", "surplus", "seed=-1"] or len(problems) == 3
+    assert tree["surplus"] == 1, "the tree that was given is left alone"
+
+
+def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = compose_alone("recipe=quickstart")
+    save_yaml(config.model_dump(), tmp_path / "config.yaml")
+    again, problems = parse(RunConfig, load_yaml(tmp_path / "config.yaml"))
+    assert problems == []
+    assert again == config
+    assert yaml.safe_load(as_yaml(config)) == config.model_dump()
+
+
+def test_a_saved_configuration_cannot_execute(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    (tmp_path / "config.yaml").write_text(f"name: !!python/object/apply:os.mkdir ['{trap}']\n")
+    with pytest.raises(yaml.YAMLError):
+        load_yaml(tmp_path / "config.yaml")
+    assert not trap.exists()
+    (tmp_path / "config.yaml").write_text("name: ${oc.env:HOME}\n")
+    assert load_yaml(tmp_path / "config.yaml")["name"] == "${oc.env:HOME}"
+
+
+def test_records_are_strict_about_types() -> None:
+    assert any("seed='1'" in p for p in problems_of("recipe=debug", "seed='1'"))
