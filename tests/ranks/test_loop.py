@@ -1,0 +1,145 @@
+"""The loop on several ranks: bad losses stop all of them by name, and what is measured does not depend on the layout."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softmoe_train.checkpoint.store import CheckpointStore
+from softmoe_train.data.batch import Batch, Cursor
+from softmoe_train.dist import World, control_group
+from softmoe_train.evals.upstream import UpstreamConfig, UpstreamEvaluator
+from softmoe_train.loop import NonFiniteLossError, Plan, TrainState, fit
+from softmoe_train.observe.log import SilentLog
+from tests.ranks.launch import run_ranks
+from tests.ranks.small import GLOBAL_BATCH, build, global_batch, share
+
+
+class Stream:
+    """The small global batches as a stream; from `bad_step` on, `bad_rank` gets pixels that are not finite."""
+
+    def __init__(self, rank: int, world: int, bad: dict[int, int]) -> None:
+        self.rank, self.world, self.bad, self.step = rank, world, bad, 0
+
+    def seek(self, cursor: Cursor) -> None:
+        self.step = cursor.position // GLOBAL_BATCH
+
+    def fingerprint(self) -> dict[str, object]:
+        return {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            (batch,) = share(self.rank, self.world, step=self.step)
+            self.step += 1
+            pixels = batch.images.float() / 127.5 - 1
+            if self.bad.get(self.step) == self.rank:
+                pixels[0, 0, 0, 0] = float("nan")
+            yield Batch(pixels, batch.labels, batch.mask, batch.sample_ids, batch.cursor, ())
+
+
+def plan(**changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "steps": 6, "stop_after": None, "micro_batches": 2, "learning_rate": lambda _: 0.01, "report_every": 1,
+        "save_every": 0, "documents": {},
+    }  # fmt: skip
+    return Plan(**{**values, **changes})
+
+
+def run(rank: int, world: int, folder: str, bad: dict[int, int], report_every: int) -> dict[str, Any]:
+    engine = build(rank, world, expert_axis=world, sharding="replicated")
+    store = CheckpointStore(
+        Path(folder), keep_last=2, rank=rank, world=world, group=control_group(World(rank, world, rank))
+    )
+    state = TrainState(engine, 0, 0, Cursor(0), "")
+    before = engine.parameters["head.weight"].detach().clone()
+    try:
+        reason = fit(
+            state, plan(report_every=report_every, save_every=2), Stream(rank, world, bad), {}, store, SilentLog("")
+        )
+    except NonFiniteLossError as error:
+        reason = str(error)
+    latest = store.latest()
+    finite = all(p.isfinite().all().item() for p in engine.parameters.values())
+    moved = not torch.equal(before, engine.parameters["head.weight"].detach())
+    return {"reason": reason, "step": state.step, "latest": latest and latest.name, "finite": finite, "moved": moved}
+
+
+def test_a_non_finite_loss_stops_all_ranks_and_names_step_and_rank(tmp_path: Path) -> None:
+    ranks = run_ranks(run, 2, str(tmp_path), {3: 1}, 1)
+    for r in ranks:
+        assert r["reason"].startswith("the loss was not finite at step 3 on rank 1;")
+        assert r["step"] == 3
+        assert r["latest"] == "step_00000002"
+        assert r["finite"]
+        assert r["moved"]
+
+
+def test_between_reports_bad_updates_are_no_ops_and_nothing_bad_is_saved(tmp_path: Path) -> None:
+    # Reports are far apart, so the save at step 4 is the first to look: steps 3 and 4 must have left the weights alone.
+    ranks = run_ranks(run, 2, str(tmp_path), {3: 0, 4: 1}, 100)
+    for r in ranks:
+        assert r["reason"].startswith("the loss was not finite at step 3 on rank 0;")
+        assert r["step"] == 4
+        assert r["latest"] == "step_00000002"
+        assert r["finite"]
+
+
+def test_a_healthy_run_completes(tmp_path: Path) -> None:
+    for r in run_ranks(run, 2, str(tmp_path), {}, 1):
+        assert r["reason"] == "complete"
+        assert r["latest"] == "step_00000006"
+    loop = json.loads((tmp_path / "step_00000006" / "loop.json").read_text())
+    assert loop["images_seen"] == 6 * GLOBAL_BATCH
+    assert loop["cursor"] == {"position": 6 * GLOBAL_BATCH}
+
+
+def blow_up(rank: int, world: int, folder: str) -> str:
+    engine = build(rank, world, expert_axis=world, sharding="fsdp")
+    if rank == 1:
+        next(iter(engine.local.values()))[0] = float("inf")
+    store = CheckpointStore(
+        Path(folder), keep_last=2, rank=rank, world=world, group=control_group(World(rank, world, rank))
+    )
+    state = TrainState(engine, 0, 0, Cursor(0), "")
+    stream = Stream(rank, world, {})
+    with pytest.raises(NonFiniteLossError) as caught:
+        fit(state, plan(learning_rate=lambda _: 0.0), stream, {}, store, SilentLog(""))
+    assert store.latest() is None
+    return str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    for said in run_ranks(blow_up, 2, str(tmp_path)):
+        assert "not finite" in said
+
+
+ROWS = 21  # held-out images: no number of ranks below divides them
+
+
+def measure(rank: int, world: int) -> dict[str, float]:
+    engine = build(rank, world, expert_axis=world, sharding="replicated")
+    images = torch.cat([global_batch(7).images, global_batch(8).images])[:ROWS]
+    # An untrained model is seldom right, so every third label is what it says.
+    said = engine.module(images).argmax(-1)
+    labels = torch.where(torch.arange(ROWS) % 3 == 0, said, (said + 1) % 10)
+    mine = torch.arange(rank, ROWS, world)
+    padded = -(-ROWS // world)
+    rows = torch.cat([mine, torch.zeros(padded - len(mine), dtype=torch.long)])
+    mask = torch.arange(padded) < len(mine)
+    # Labels of padding rows are right on purpose: they must not count.
+    batch = Batch(images[rows], labels[rows], mask, rows, Cursor(0), ())
+    evaluator = UpstreamEvaluator(UpstreamConfig(every=0, batch_size=padded), [batch], "softmax")
+    return dict(evaluator.run(TrainState(engine, 0, 0, Cursor(0), "")))
+
+
+def test_upstream_measures_count_each_image_once_on_every_layout() -> None:
+    results = {world: run_ranks(measure, world) for world in (1, 2, 4)}
+    one = results[1][0]
+    assert one["test/top1"] == 7 / 21
+    for world, ranks in results.items():
+        for r in ranks:
+            assert r["test/top1"] == one["test/top1"], world
+            assert r["test/loss"] == pytest.approx(one["test/loss"], rel=1e-6)
