@@ -1,0 +1,80 @@
+"""Every `softmoe` command of the documentation composes, and those that need no data of the reader's run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softmoe_train.config import compose
+from softmoe_train.run import RunConfig
+from tests.runs import ROOT, environment
+
+TEXTS = [ROOT / "README.md", ROOT / "data" / "README.md"]
+PROGRAM = f"{shlex.quote(sys.executable)} -m softmoe_train"
+
+
+def commands() -> list[str]:
+    """The indented commands of the documentation, continued lines joined."""
+    text = "\n".join(path.read_text() for path in TEXTS).replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return [" ".join(line.split()) for line in lines if re.search(r"\bsoftmoe train\b", line)]
+
+
+def test_the_documentation_has_commands() -> None:
+    assert len(commands()) >= 10
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_documented_command_composes(line: str) -> None:
+    overrides = [word for word in shlex.split(line.split("softmoe train", 1)[1]) if word != "..."]
+    compose(RunConfig, overrides, lambda _: [])
+
+
+def test_rows_of_the_table_of_changes_compose() -> None:
+    table = [
+        row.split("|")[2] for row in TEXTS[0].read_text().splitlines() if row.startswith("| ") and row.count("|") == 3
+    ]
+    spans = [span for cell in table for span in re.findall(r"`([^`]+=[^`]+)`", cell)]
+    overrides = [shlex.split(span) for span in spans if not span.startswith(("[", "rank", "the ", "data/", "N "))]
+    assert len(overrides) > 10
+    for words in overrides:
+        if all("=" in word for word in words) and "..." not in words:
+            compose(RunConfig, words, lambda _: [])
+
+
+def test_the_resume_example_runs_as_written(tmp_path: Path) -> None:
+    stop, resume = _resume_lines()
+    for line, said in ((stop, "stopped at step 10 of 20"), (resume, "complete at step 20 of 20")):
+        done = subprocess.run(
+            line.replace("softmoe", PROGRAM, 1), shell=True, cwd=tmp_path, env=environment(WANDB_MODE="disabled"),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    assert "resumed from runs/debug/checkpoints/step_00000010" in done.stdout
+
+
+def _resume_lines() -> tuple[str, str]:
+    text = TEXTS[0].read_text().split("## Stop and resume")[1]
+    first, second = re.findall(r"^    (softmoe train .*)$", text, flags=re.MULTILINE)[:2]
+    return first, second
+
+
+def test_the_torchrun_line_runs_as_written(tmp_path: Path) -> None:
+    (line,) = (line for line in commands() if line.startswith("torchrun"))
+    torchrun = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
+    line = line.replace("torchrun", torchrun, 1).replace("--no-python softmoe", f"--no-python {PROGRAM}")
+    done = subprocess.run(
+        line,
+        shell=True,
+        cwd=tmp_path,
+        env=environment(WANDB_MODE="disabled"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "complete at step 20 of 20" in done.stdout
