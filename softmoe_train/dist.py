@@ -12,11 +12,12 @@ from torch.distributed.tensor import DTensor
 
 
 class World(NamedTuple):
-    """Who this process is. W = size."""
+    """Who this process is: one of `size` ranks, one of `local_size` on its host."""
 
     rank: int
     size: int
     local_rank: int
+    local_size: int
 
     @property
     def main(self) -> bool:
@@ -26,7 +27,8 @@ class World(NamedTuple):
 
 def world_of(environ: dict[str, str] | os._Environ[str]) -> World:
     """The rank facts that a launcher left in the environment; a process alone is rank 0 of 1."""
-    return World(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0)))
+    numbers = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    return World(*(int(environ.get(key, alone)) for key, alone in numbers))
 
 
 def pick_device(kind: str, local_rank: int) -> torch.device:
@@ -65,6 +67,11 @@ def control_group(world: World) -> dist.ProcessGroup | None:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup), group
     return group
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    dist.barrier()
 
 
 def local_values(tensor: Tensor) -> Tensor:

@@ -12,12 +12,21 @@ from pydantic import Field
 from softmoe_train.checkpoint.folder import step_folders
 from softmoe_train.checkpoint.store import CheckpointConfig, CheckpointStore
 from softmoe_train.config import Record, load_yaml, save_yaml
-from softmoe_train.data import Cursor, DataConfig, ImageStream, build_eval_stream, build_stream, check_data
-from softmoe_train.dist import World, control_group, pick_device, process_group
+from softmoe_train.data import (
+    Cursor,
+    DataConfig,
+    ImageStream,
+    build_eval_stream,
+    build_stream,
+    check_data,
+    make_indexes,
+)
+from softmoe_train.dist import World, control_group, pick_device, process_group, wait_for_all
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.upstream import UpstreamConfig, UpstreamEvaluator
 from softmoe_train.loop import Evaluator, Plan, TrainState, fit
 from softmoe_train.model.loss import LossKind
+from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import ModelConfig, build_model
 from softmoe_train.observe.log import ObserveConfig, SilentLog, build_log
 from softmoe_train.observe.redact import without_secrets
@@ -109,12 +118,14 @@ def train(config: RunConfig, world: World) -> str:
             config.parallel, num_experts=config.model.moe.num_experts, device=device, size=world.size
         )
         engine = _engine(config, topology, device)
+        _index(config, world)
         stream = _stream(config, world)
         evaluators = _evaluators(config, world)
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
         resumed = _resume(config, state, store, stream)
-        log = _log(config, world, state, total=config.steps, resumed=resumed)
+        log = _log(config, world, state, resumed=resumed)
+        log.message(_description(config, engine, topology))
         reason = "failed"
         try:
             reason = fit(state, _plan(config, stream), stream, evaluators, store, log)
@@ -139,6 +150,17 @@ def _engine(config: RunConfig, topology: Topology, device: torch.device) -> Torc
                 seed=config.seed,
                 device=device,
             )
+
+
+def _index(config: RunConfig, world: World) -> None:
+    """Have the ranks of each host share the reading of tars that no run has met before."""
+    make_indexes(
+        config.data,
+        part=world.local_rank % world.local_size,
+        parts=world.local_size,
+        needs_test=config.evals.upstream is not None,
+    )
+    wait_for_all()
 
 
 def _stream(config: RunConfig, world: World) -> ImageStream:
@@ -201,7 +223,7 @@ def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream
     return path
 
 
-def _log(config: RunConfig, world: World, state: TrainState, *, total: int, resumed: Path | None) -> SilentLog:
+def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Path | None) -> SilentLog:
     tree = without_secrets(config.model_dump())
     if world.main:
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +233,7 @@ def _log(config: RunConfig, world: World, state: TrainState, *, total: int, resu
         config.folder,
         name=config.name,
         run_config=tree,
-        total_steps=total,
+        total_steps=config.steps,
         main=world.main,
         wandb_id=state.wandb_id or None,
         resume_step=state.step,
@@ -220,6 +242,17 @@ def _log(config: RunConfig, world: World, state: TrainState, *, total: int, resu
     if resumed is not None:
         log.message(f"resumed from {resumed} at step {state.step} of {config.steps}")
     return log
+
+
+def _description(config: RunConfig, engine: TorchEngine, topology: Topology) -> str:
+    """What is about to be trained, in a line."""
+    parameters = sum(p.numel() for p in engine.parameters.values())
+    moe = config.model.moe
+    layers = len(moe_blocks(moe.blocks, config.model.depth))
+    experts = f"{moe.num_experts} experts x {moe.slots_per_expert} slots in {layers} blocks" if layers else "no experts"
+    layout = f"expert axis {topology.ep.size()}, {config.parallel.sharding}"
+    ranks = "1 process" if topology.size == 1 else f"{topology.size} processes, {layout}"
+    return f"{parameters:,} parameters, {experts}; {ranks}; {engine.device.type}, {config.precision}"
 
 
 def _plan(config: RunConfig, stream: ImageStream) -> Plan:

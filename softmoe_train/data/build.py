@@ -11,6 +11,19 @@ from softmoe_train.data.transforms import build_transform, check_transform
 from softmoe_train.data.workers import Decoding
 
 
+def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) -> int:
+    """Index every `parts`-th tar from `part` on, so that processes that share a cache share the reading; how many those are.
+
+    An index that is there already is not made again. Raises ValueError for a tar that cannot be read to its end.
+    """
+    if isinstance(cfg, SyntheticConfig):
+        return 0
+    paths = expand_shards(cfg.train, key="data.train")
+    if needs_test:
+        paths += expand_shards(cfg.test, key="data.test")
+    return len(list(index_shards(paths[part::parts])))
+
+
 def build_stream(
     cfg: DataConfig, *, image_size: int, num_classes: int, seed: int, global_batch: int, rank: int, world: int
 ) -> ImageStream:

@@ -40,6 +40,8 @@ def adopt_environment(environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    if each := re.fullmatch(r"(\d+)(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        environ["LOCAL_WORLD_SIZE"] = each[1]  # where hosts have different numbers of tasks, nothing relies on it
     if "MASTER_ADDR" not in environ:
         environ["MASTER_ADDR"] = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
     if "MASTER_PORT" not in environ:

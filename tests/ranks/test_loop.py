@@ -51,7 +51,7 @@ def plan(**changes: Any) -> Plan:
 def run(rank: int, world: int, folder: str, bad: dict[int, int], report_every: int) -> dict[str, Any]:
     engine = build(rank, world, expert_axis=world, sharding="replicated")
     store = CheckpointStore(
-        Path(folder), keep_last=2, rank=rank, world=world, group=control_group(World(rank, world, rank))
+        Path(folder), keep_last=2, rank=rank, world=world, group=control_group(World(rank, world, rank, world))
     )
     state = TrainState(engine, 0, 0, Cursor(0), "")
     before = engine.parameters["head.weight"].detach().clone()
@@ -101,7 +101,7 @@ def blow_up(rank: int, world: int, folder: str) -> str:
     if rank == 1:
         next(iter(engine.local.values()))[0] = float("inf")
     store = CheckpointStore(
-        Path(folder), keep_last=2, rank=rank, world=world, group=control_group(World(rank, world, rank))
+        Path(folder), keep_last=2, rank=rank, world=world, group=control_group(World(rank, world, rank, world))
     )
     state = TrainState(engine, 0, 0, Cursor(0), "")
     stream = Stream(rank, world, {})
