@@ -30,12 +30,13 @@ def truth() -> dict[str, Tensor]:
         EXPERTS: torch.arange(E * D * H).view(E, D, H).float(),
         "optimizer.exp_avg.blocks.1.moe.experts.w1": torch.arange(E * D * H).view(E, D, H).float().neg(),
         "model.odd.moe.experts.w1": torch.arange(6 * D).view(6, D).double(),  # expert_dp cuts 3 experts into 2 and 1
-        "model.few.moe.experts.w1": torch.arange(2 * D).view(2, D).int(),  # and leaves ranks without any of these
+        "model.few.moe.experts.w1": torch.arange(2 * D).view(2, D).half(),  # and leaves ranks without any of these
         "model.blocks.0.attn.qkv.weight": torch.arange(7 * D).view(7, D).float() / 3,  # uneven over 2 and 4
         "model.blocks.0.mlp.weight": torch.arange(D * 8).view(D, 8).float() / 7,
         "model.half": torch.arange(11).bfloat16() / 3,
         "model.router.scale": torch.tensor([1.5]),
         "loop.seen": torch.tensor(2**40 + 1),
+        "loop.counts": torch.arange(3).int(),
         "loop.flags": torch.tensor([True, False, True]),
     }
 
@@ -62,7 +63,7 @@ def placed(full: dict[str, Tensor], world: int, axis: int) -> dict[str, Tensor]:
 def _expert(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     unit = nn.Module()
     on_ep = distribute_tensor(tensor.clone(), mesh["ep"], [Shard(0)], src_data_rank=None)
-    unit.weight = nn.Parameter(on_ep, requires_grad=on_ep.is_floating_point())
+    unit.weight = nn.Parameter(on_ep)
     if mesh["expert_dp"].size() > 1:
         fully_shard(unit, mesh=mesh["expert_dp"])
     return unit.weight.data
