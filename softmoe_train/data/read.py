@@ -64,7 +64,8 @@ class SampleReader:
             raise UnreadableSampleError(f"label {label[:40]!r} is not {wanted} (data.labels={self.labels})")
         classes = [int(word) for word in words]
         if min(classes) < 0 or max(classes) >= self.num_classes:
-            raise UnreadableSampleError(f"label {label[:40]!r} is outside 0 to {self.num_classes - 1}")
+            limit = f"0 to {self.num_classes - 1} (model.num_classes={self.num_classes})"
+            raise UnreadableSampleError(f"label {label[:40]!r} is outside {limit}")
         return classes
 
     def _bytes(self, shard: int, where: NDArray[np.int64], limit: int, what: str) -> bytes:

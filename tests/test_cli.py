@@ -1,0 +1,127 @@
+"""The command line as people meet it: the real program, its messages and its exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs import ROOT, SHARED, environment, softmoe
+
+CIFAR = [f"data.train={SHARED}/cifar10-train-{{000000..000001}}.tar", f"data.test={SHARED}/cifar10-test-000000.tar"]
+needs_cifar = pytest.mark.skipif(
+    not (SHARED / "cifar10-test-000000.tar").is_file(), reason="the cifar10 shards are not on this machine"
+)
+
+
+def test_cfg_job_prints_the_whole_truth_and_starts_nothing(tmp_path: Path) -> None:
+    done = softmoe("recipe=debug", "seed=7", "--cfg", "job", folder=tmp_path)
+    tree = yaml.safe_load(done.stdout)
+    assert tree["seed"] == 7
+    assert tree["model"]["moe"]["num_experts"] == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.widht=64", "model.widht=64: there is no key model.widht; did you mean model.width"),
+        ("steps=ten", "steps='ten': input should be a valid integer"),
+        (
+            "parallel.expert_axis=3",
+            "parallel.expert_axis=3 does not divide model.moe.num_experts=4 nor the 2 ranks of this run",
+        ),
+        ("data.train=missing", "data.train=missing: "),
+        ("data.train=[]", "data.train is not set"),
+    ],
+)
+def test_a_wrong_setting_ends_with_one_message_and_code_2(tmp_path: Path, override: str, said: str) -> None:
+    data = ["data=cifar10", "data.streams=8"] if override.startswith("data.") else []
+    done = softmoe("recipe=debug", "processes=2", *data, override, folder=tmp_path, ok=False)
+    print(done.stderr)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "nothing was started" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_verb_names_the_known_ones(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "softmoe_train", "trian"], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "train" in done.stderr
+
+
+def test_a_lost_rank_file_is_refused_by_name(tmp_path: Path) -> None:
+    run = ["recipe=debug", "processes=4", "parallel.expert_axis=4", "steps=8", "checkpoint.every=0"]
+    softmoe(*run, "stop_after=4", folder=tmp_path)
+    (tmp_path / "runs/debug/checkpoints/step_00000004/rank_00002.safetensors").unlink()
+    done = softmoe(*run, "processes=2", "parallel.expert_axis=2", folder=tmp_path, ok=False)
+    assert done.returncode == 1
+    assert "rank_00002.safetensors" in done.stderr
+    assert (
+        "experts 2..2 of model.blocks.1.moe.experts.w1" in done.stderr
+        or "expert 2 of model.blocks.1.moe.experts.w1" in done.stderr
+    )
+
+
+def test_the_run_folder_holds_what_the_readme_says_and_no_pickle(tmp_path: Path) -> None:
+    softmoe("recipe=debug", "processes=2", folder=tmp_path)
+    run = tmp_path / "runs" / "debug"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["ended"] == "complete"
+    assert summary["steps"] == 20
+    assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "debug"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all({"step", "images_seen"} <= line.keys() for line in lines)
+    assert {"train/loss", "upstream/test/top1", "perf/images_per_second"} <= {name for line in lines for name in line}
+    kinds = {path.suffix for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def test_image_files_of_another_class_count_are_named(tmp_path: Path) -> None:
+    if not SHARED.is_dir():
+        pytest.skip("the image shards are not on this machine")
+    done = softmoe(
+        "recipe=cifar10", "shrink=laptop", *CIFAR, "model.num_classes=4", "data.max_broken=3", folder=tmp_path, ok=False
+    )
+    assert done.returncode == 1
+    assert "cifar10-train-00000" in done.stderr
+    assert "num_classes" in done.stderr
+
+
+@needs_cifar
+def test_cifar10_shrinks_to_a_laptop(tmp_path: Path) -> None:
+    done = softmoe("recipe=cifar10", "shrink=laptop", *CIFAR, folder=tmp_path)
+    assert "complete at step 40 of 40" in done.stdout
+
+
+def test_quickstart_shrinks_to_a_laptop(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", str(tmp_path / "shards" / "digits")]
+    subprocess.run(maker, check=True, capture_output=True, env=environment())
+    assert "complete at step 40 of 40" in softmoe("recipe=quickstart", "shrink=laptop", folder=tmp_path).stdout
+
+
+@needs_cifar
+def test_experts_learn_from_real_photographs(tmp_path: Path) -> None:
+    """A hundred steps of the real recipe: well above chance (0.10), whatever the machine."""
+    more = ["steps=100", "schedule.warmup_steps=10", "evals.upstream.every=0", "checkpoint.every=0"]
+    softmoe("recipe=cifar10", *CIFAR, *more, folder=tmp_path)
+    summary = json.loads((tmp_path / "runs/cifar10/summary.json").read_text())
+    assert summary["metrics"]["upstream/test/top1"] > 0.2
+
+
+def test_a_second_folder_is_not_needed_to_start_again(tmp_path: Path) -> None:
+    softmoe("recipe=debug", "steps=4", "schedule.warmup_steps=1", folder=tmp_path)
+    shutil.rmtree(tmp_path / "runs/debug/checkpoints")
+    done = softmoe("recipe=debug", "steps=4", "schedule.warmup_steps=1", "seed=3", folder=tmp_path)
+    assert "resumed" not in done.stdout
+    lines = (tmp_path / "runs/debug/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2, "the first attempt's lines are gone: its steps come again"
