@@ -93,12 +93,14 @@ def reference() -> dict[str, Any]:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     weights: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         decay = 0.3 if name == "head.weight" else 0.03 if decays(name) else 0.0
         weights[name] = p.detach() - LR * (gradients[name] * min(1.0, CLIP / norm.item()) + decay * p.detach())
     return {
         "logits": logits.detach(), "loss": loss.item(), "norm": norm.item(), "gradients": gradients, "weights": weights,
+        "weights_before": before,
     }  # fmt: skip
 
 
