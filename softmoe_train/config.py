@@ -28,6 +28,7 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+HYDRA = re.compile(r"[+~]*hydra[./=]")
 Tree = dict[str, Any]
 
 
@@ -105,9 +106,10 @@ def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:
     Hydra stops at its first mistake. So on any mistake each override is tried by itself on top of the chosen groups.
     """
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        problems = [f"{o}: Hydra's own settings do nothing here; leave it out" for o in overrides if HYDRA.match(o)]
+        overrides = [o for o in overrides if not HYDRA.match(o)]
         if _error(overrides) is None:
-            return _resolved(overrides), []
-        problems: list[str] = []
+            return _resolved(overrides), problems
         good: list[str] = []
         for override in sorted(overrides, key=lambda o: not _chooses_group(o)):
             chosen = [o for o in good if _chooses_group(o)]
@@ -123,9 +125,15 @@ def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:
 
 
 def _resolved(overrides: list[str]) -> Tree:
-    tree = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
-    assert isinstance(tree, dict), type(tree)
-    return {str(key): value for key, value in tree.items()}
+    composed = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+    assert isinstance(composed, dict), type(composed)
+    tree = {str(key): value for key, value in composed.items()}
+    for parsed in filter(None, map(_parsed, overrides)):
+        chosen = parsed.value() if parsed.key_or_group in tree else None
+        if isinstance(chosen, list) and isinstance(tree[parsed.key_or_group], dict):
+            # A list of a group's files is exact: what a recipe sets for others does not bring them back.
+            tree[parsed.key_or_group] = {k: v if k in chosen else None for k, v in tree[parsed.key_or_group].items()}
+    return tree
 
 
 def _error(overrides: list[str]) -> Exception | None:

@@ -20,6 +20,9 @@ from softmoe_train.observe.meter import Meter
 
 logger = logging.getLogger(__name__)
 
+MOST_SKIPPED = 10  # updates in a row
+REMEDY = "Lower schedule.peak or set optim.clip_norm (either with allow_changes=true), or look at the data"
+
 
 class NonFiniteLossError(RuntimeError):
     """A loss was not finite; every rank raises it, naming the step and the ranks."""
@@ -34,6 +37,8 @@ class TrainState:
     images_seen: int
     cursor: Cursor
     wandb_id: str
+    skipped_updates: int = 0  # no-ops for a gradient that was not finite, as of the last report
+    broken_samples: int = 0  # replaced while training, over all ranks, as of the last report
 
     def loop_document(self) -> dict[str, Any]:
         """The part that is not tensors, as JSON."""
@@ -42,6 +47,8 @@ class TrainState:
             "images_seen": self.images_seen,
             "cursor": self.cursor.to_json(),
             "wandb_id": self.wandb_id,
+            "skipped_updates": self.skipped_updates,
+            "broken_samples": self.broken_samples,
         }
 
     def restore(self, document: object) -> None:
@@ -52,6 +59,8 @@ class TrainState:
         self.images_seen = int(document["images_seen"])
         self.cursor = Cursor.from_json(document["cursor"])
         self.wandb_id = str(document["wandb_id"])
+        self.skipped_updates = int(document["skipped_updates"])
+        self.broken_samples = int(document["broken_samples"])
 
 
 class Evaluator(Protocol):
@@ -90,26 +99,35 @@ class StepReport(NamedTuple):
 
 
 class FiniteWatch:
-    """Remembers, on the device, the first step at which this rank's loss was not finite."""
+    """Remembers, on the device, the first step at which this rank's loss was not finite, and how many updates were no-ops."""
 
     def __init__(self, device: torch.device) -> None:
         self.first = torch.tensor(-1, device=device)
-        self.skipped = torch.tensor(0.0, device=device)  # updates that were no-ops for a non-finite gradient
+        self.skipped = torch.tensor(0.0, device=device)  # since the last report
+        self.streak = torch.tensor(0.0, device=device)  # the latest ones, without a good one between
 
     def see(self, step: int, report: "StepReport") -> None:
         """Look at one step without reading it."""
         self.first = torch.where((self.first < 0) & ~report.loss.isfinite(), step, self.first)
         self.skipped = self.skipped + report.grads.skipped
+        self.streak = (self.streak + 1) * report.grads.skipped
 
-    def check(self) -> None:
-        """Raise NonFiniteLossError on every rank if any rank saw one. The updates since were no-ops: weights are intact."""
+    def check(self, step: int) -> None:
+        """Raise NonFiniteLossError on every rank if any loss was not finite, or if nothing has been learned for a while.
+
+        The updates in question were no-ops: weights are intact.
+        """
         firsts = gather_over_world(self.first).tolist()
         bad = [first for first in firsts if first >= 0]
         if bad:
             ranks = [rank for rank, first in enumerate(firsts) if first == min(bad)]
             raise NonFiniteLossError(
                 f"the loss was not finite at step {min(bad)} on rank {', '.join(map(str, ranks))}; weights are those of step "
-                f"{min(bad) - 1}, no checkpoint of later steps was made. Lower schedule.peak, set optim.clip_norm, or look at the data"
+                f"{min(bad) - 1}, no checkpoint of later steps was made. {REMEDY}"
+            )
+        if self.streak.item() >= MOST_SKIPPED:
+            raise NonFiniteLossError(
+                f"the gradient norm was not finite in the last {self.streak.item():.0f} steps, up to {step}: no update was made. {REMEDY}"
             )
 
 
@@ -148,8 +166,10 @@ def fit(
         last = state.step == plan.last
         saves = last or _due(state.step, plan.save_every)
         if last or saves or _due(state.step, plan.report_every):
-            watch.check()
-            log.report(state.step, state.images_seen, _train_metrics(report, lr, watch, broken) | meter.read())
+            watch.check(state.step)
+            metrics = _train_metrics(state, report, lr, watch, broken)
+            log.report(state.step, state.images_seen, metrics | meter.read())
+            broken = 0
         with meter.paused():
             for source, evaluator in evaluators.items():
                 if last or _due(state.step, evaluator.every):
@@ -170,17 +190,30 @@ def _save(state: TrainState, plan: Plan, store: CheckpointStore) -> None:
     bad = {name: t for name, t in tensors.items() if t.is_floating_point() and not local_values(t).isfinite().all()}
     if sum_over_world(torch.tensor(len(bad), device=state.engine.device)).item():
         raise NonFiniteLossError(
-            f"step {state.step} is not saved: {', '.join(bad) or 'tensors of another rank'} hold values that are not finite; the "
-            f"last checkpoint stands. Lower schedule.peak or set optim.clip_norm"
+            f"step {state.step} is not saved: {_few(bad) or 'tensors of another rank'} hold values that are not finite; the "
+            f"last checkpoint stands. {REMEDY}"
         )
     store.save(state.step, tensors, {**plan.documents, "loop": state.loop_document()})
 
 
-def _train_metrics(report: StepReport, lr: float, watch: FiniteWatch, broken: int) -> dict[str, float]:
-    """One step's measures, equal on every rank; reads the device."""
+def _few(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _train_metrics(
+    state: TrainState, report: StepReport, lr: float, watch: FiniteWatch, broken: int
+) -> dict[str, float]:
+    """One step's measures and the counts so far, equal on every rank; reads the device."""
     loss, samples = sum_over_world(torch.stack([report.loss, report.loss.new_tensor(broken)])).tolist()
+    state.broken_samples += int(samples)
+    state.skipped_updates += int(watch.skipped.item())
+    watch.skipped.zero_()
     metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": report.grads.norm.item()}
-    counts = {"train/skipped_updates": watch.skipped.item(), "data/broken_samples": samples}
+    counts: dict[str, float] = {
+        "train/skipped_updates": state.skipped_updates,
+        "data/broken_samples": state.broken_samples,
+    }
     return metrics | {name: count for name, count in counts.items() if count}
 
 

@@ -1,6 +1,7 @@
 """The command line as people meet it: the real program, its messages and its exit codes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from softmoe_train.faults.claim import claim
 from tests.runs import ROOT, SHARED, environment, softmoe
 
 CIFAR = [f"data.train={SHARED}/cifar10-train-{{000000..000001}}.tar", f"data.test={SHARED}/cifar10-test-000000.tar"]
@@ -50,6 +52,52 @@ def test_a_wrong_setting_ends_with_one_message_and_code_2(tmp_path: Path, overri
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cfg_job_needs_no_data(tmp_path: Path) -> None:
+    tree = yaml.safe_load(softmoe("--cfg", "job", folder=tmp_path).stdout)
+    assert tree["model"]["moe"]["num_experts"] == 128
+    assert tree["data"]["train"] is None
+
+
+def first_line(folder: Path, *overrides: str) -> dict[str, float]:
+    run = f"run_dir=runs/{abs(hash(overrides))}"
+    softmoe("recipe=debug", "steps=2", "schedule.warmup_steps=1", "observe.every=1", run, *overrides, folder=folder)
+    return json.loads((folder / run.split("=")[1] / "metrics.jsonl").read_text().splitlines()[1])
+
+
+def test_every_setting_that_shapes_the_numbers_reaches_the_run(tmp_path: Path) -> None:
+    plain = first_line(tmp_path)
+    assert plain["step"] == 2
+    assert plain["train/learning_rate"] == pytest.approx(1e-3)
+    for override in (
+        "seed=1",
+        "loss=sigmoid",
+        "precision=bfloat16",
+        "optim.kind=adam",
+        "model.moe.expert_init=independent",
+    ):
+        other = first_line(tmp_path, override)
+        assert other["train/loss"] != plain["train/loss"] or other["train/grad_norm"] != plain["train/grad_norm"], (
+            override
+        )
+    same = first_line(tmp_path, "micro_batches=4", "parallel.sharding=fsdp")
+    assert same["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-6)
+    assert same["train/grad_norm"] == pytest.approx(plain["train/grad_norm"], rel=1e-5)
+
+
+def test_a_run_folder_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
+    with claim(tmp_path / "runs" / "debug"):
+        done = softmoe("recipe=debug", folder=tmp_path, ok=False)
+    assert done.returncode == 2
+    assert f"run_dir=runs/debug is in use by process {os.getpid()} on " in done.stderr
+    softmoe("recipe=debug", "steps=2", "schedule.warmup_steps=1", folder=tmp_path)
+
+
+def test_a_rank_without_a_world_is_refused(tmp_path: Path) -> None:
+    done = softmoe("recipe=debug", folder=tmp_path, ok=False, RANK="0")
+    assert done.returncode == 2
+    assert "RANK=0 is set in the environment without WORLD_SIZE" in done.stderr
+
+
 def test_an_unknown_verb_names_the_known_ones(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "softmoe_train", "trian"], env=environment(), capture_output=True, text=True, check=False
@@ -63,7 +111,8 @@ def test_a_lost_rank_file_is_refused_by_name(tmp_path: Path) -> None:
     softmoe(*run, "stop_after=4", folder=tmp_path)
     (tmp_path / "runs/debug/checkpoints/step_00000004/rank_00002.safetensors").unlink()
     done = softmoe(*run, "processes=2", "parallel.expert_axis=2", folder=tmp_path, ok=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
     assert "rank_00002.safetensors" in done.stderr
     assert (
         "experts 2..2 of model.blocks.1.moe.experts.w1" in done.stderr

@@ -14,6 +14,7 @@ FLOORS = {
     "engine": 2, "checkpoint": 2, "plan": 2,
     "loop": 3,
     "evals": 4,
+    "settings": 4.5,  # the records that run.py assembles, and what may not be combined
     "run": 5,
     "parity": 6, "bench": 6, "sweep": 6, "report": 6,
     "commands": 7,

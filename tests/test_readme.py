@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from softmoe_train.config import compose
-from softmoe_train.run import RunConfig
+from softmoe_train.settings import RunConfig
 from tests.runs import ROOT, environment
 
 TEXTS = [ROOT / "README.md", ROOT / "data" / "README.md"]

@@ -12,7 +12,7 @@ EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 a wrong setting, else what the run says."""
+    """Run one verb; returns the exit code: 0 done, 2 a wrong setting, 3 a run that stopped itself, 130 interrupted."""
     parser = argparse.ArgumentParser("softmoe", description=softmoe_train.__doc__)
     parser.add_argument("--version", action="version", version=f"softmoe_train {softmoe_train.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -30,3 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"softmoe {options.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"softmoe {options.verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130

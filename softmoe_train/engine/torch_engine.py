@@ -17,7 +17,7 @@ from softmoe_train.model.vit import ViT
 from softmoe_train.optim.build import OptimConfig, build_optimizer, state_keys
 from softmoe_train.parallel.experts import shard_experts
 from softmoe_train.parallel.fsdp import shard_fully
-from softmoe_train.parallel.grads import clip_, grad_norm, reduce_gradients
+from softmoe_train.parallel.grads import clip_, copies_of, grad_norm, reduce_gradients
 from softmoe_train.parallel.topology import ParallelConfig, Topology
 
 
@@ -33,6 +33,7 @@ class TorchEngine:
         self.global_batch = global_batch
         self.parameters = dict(module.named_parameters())
         self.local = {name: local_values(p) for name, p in self.parameters.items()}
+        self.copies = copies_of(list(self.parameters.values()), topology.size)
         self.optimizer = build_optimizer(optim, self.local)
 
     def forward_backward(self, batch: Batch, *, last: bool) -> Tensor:
@@ -58,7 +59,7 @@ class TorchEngine:
     def update(self, lr: float) -> GradStats:
         """Reduce, clip by the global norm, step. A non-finite norm makes it a no-op, decided on the device."""
         gradients = self.reduce()
-        norm = grad_norm(list(gradients.values()), self.topology)
+        norm = grad_norm(list(gradients.values()), self.copies)
         skipped = (~norm.isfinite()).float()
         for name, local in self.local.items():
             # FSDP2 may move a shard to a padded buffer at the first forward: bind to where it lies now.

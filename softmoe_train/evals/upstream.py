@@ -3,6 +3,7 @@
 B images  C classes
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from softmoe_train.dist import sum_over_world
 from softmoe_train.loop import TrainState
 from softmoe_train.model.loss import LossKind, classification_loss, one_hot
 
+logger = logging.getLogger(__name__)
+
 
 class UpstreamConfig(Record):
     """When to measure on `data.test`, and with how many images of each rank at a time."""
@@ -25,7 +28,10 @@ class UpstreamConfig(Record):
 
 
 class UpstreamEvaluator:
-    """Measures `test/top1` and `test/loss`, exact on every layout: each image counts once, padding never."""
+    """Measures `test/top1` and `test/loss`, exact on every layout: each image counts once, padding never.
+
+    Images that cannot be read are left out, named in the log and counted in `test/broken_images`.
+    """
 
     def __init__(self, config: UpstreamConfig, batches: Iterable[Batch], loss: LossKind) -> None:
         self.every = config.every
@@ -36,17 +42,26 @@ class UpstreamEvaluator:
     def run(self, state: TrainState) -> Iterator[tuple[str, float]]:
         """Precision@1 (the likeliest class is among the image's labels) and mean loss, over all images of all ranks."""
         device = state.engine.device
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in self.batches:
+            for sample in batch.broken:
+                logger.warning("left out a broken held-out image: %s %s: %s", sample.shard, sample.key, sample.reason)
+            sums[3] += len(batch.broken)
             batch = batch.to(device)
             logits = state.engine.module(batch.images)
             loss = classification_loss(logits, batch.labels, self.loss)
-            sums += torch.stack(
+            sums[:3] += torch.stack(
                 [_masked(hits(logits, batch.labels), batch), _masked(loss, batch), batch.mask.double().sum()]
             )
-        right, loss, images = sum_over_world(sums).tolist()
+        right, loss, images, broken = sum_over_world(sums).tolist()
+        if not images:
+            raise ValueError(
+                f"none of the {broken:.0f} images of data.test could be read; repair the shards or name others"
+            )
         yield "test/top1", right / images
         yield "test/loss", loss / images
+        if broken:
+            yield "test/broken_images", broken
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from softmoe_train.launching.worker import LAUNCHER
 
+TOLD_CODES = (2, 3)  # a refused setting, a run that stopped itself: every rank ends so, and rank 0 has said why
 SURVIVOR_SECONDS = 3  # what the ranks beside a failed one get after SIGTERM: their step cannot be finished any more
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -61,6 +62,8 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int) -> i
 def report_failure(failures: dict[int, ProcessFailure]) -> int:
     """Print the first failure last, the others in a line each before it, and return the exit code of the first."""
     root, *others = sorted(failures, key=lambda rank: moment_of(failures[rank]))
+    if failures[root].exitcode in TOLD_CODES:
+        return failures[root].exitcode
     for rank in others:
         if failures[rank].exitcode != -signal.SIGTERM:  # that is how the agent ends the survivors
             print(f"rank {rank} then {ending_of(failures[rank])}", file=sys.stderr)

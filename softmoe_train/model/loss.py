@@ -18,12 +18,14 @@ def classification_loss(
 ) -> Float[Tensor, " B"]:
     """The loss of each image in float32, for class numbers or for multi-hot (or soft) labels.
 
-    softmax: -sum_c label_c · log softmax(logits)_c. sigmoid: binary cross-entropy summed over classes (paper.md 5).
+    softmax: -sum_c label_c · log softmax(logits)_c, the labels of an image scaled to sum to one, so that an image with many
+    labels weighs no more than others. sigmoid: binary cross-entropy summed over classes (the paper's).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = one_hot(labels, logits.shape[-1]).to(logits.dtype)
     if kind == "softmax":
-        return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
+        share = targets / targets.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+        return -(share * logits.log_softmax(dim=-1)).sum(dim=-1)
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=-1)
 
 

@@ -4,6 +4,7 @@ B images  T tokens  D width  E experts  S slots per expert  H hidden  G routing 
 R expert ranks  e = E / R local experts  N = R·G·S rows of one expert
 """
 
+import re
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
@@ -110,7 +111,8 @@ def moe_blocks(blocks: str | list[int], depth: int) -> list[int]:
         chosen = sorted(blocks)
     else:
         word, _, number = blocks.partition(" ")
-        if word not in ("last", "every") or not number.isdigit() or not 1 <= int(number) <= depth:
+        legal = word in ("last", "every") and re.fullmatch("[0-9]+", number) is not None
+        if not legal or not 1 <= int(number) <= depth:
             raise ValueError(
                 f"model.moe.blocks={blocks!r} is not 'last n', 'every k' (n and k from 1 to {depth}) or a list of block numbers"
             )

@@ -52,6 +52,11 @@ class ModelConfig(Record):
         return self
 
     @property
+    def num_experts(self) -> int:
+        """E, or 1 where no block holds experts."""
+        return self.moe.num_experts if moe_blocks(self.moe.blocks, self.depth) else 1
+
+    @property
     def num_tokens(self) -> int:
         """T, the patches of an image."""
         return (self.image_size // self.patch_size) ** 2

@@ -32,10 +32,12 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], topology: Topology) -> 
     _all_reduce(experts, topology.expert_dp.get_group())
 
 
-def grad_norm(gradients: Sequence[Tensor], topology: Topology) -> Tensor:
-    """The 2-norm of the whole gradient, float32, equal on all ranks; each value counted once, whatever the layout."""
+def grad_norm(gradients: Sequence[Tensor], copies: Tensor) -> Tensor:
+    """The 2-norm of the whole gradient, float32, equal on all ranks; each value counted once, whatever the layout.
+
+    `copies` is what `copies_of` says of the same parameters.
+    """
     squares = torch.stack(torch._foreach_norm([local_values(g) for g in gradients])).double().square()
-    copies = squares.new_tensor([_copies(g, topology.size) for g in gradients])
     return sum_over_world((squares / copies).sum()).sqrt().float()
 
 
@@ -45,13 +47,17 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float | None) -> Non
         torch._foreach_mul_(list(gradients), torch.where(norm > limit, limit / norm, torch.ones_like(norm)))
 
 
-def _copies(gradient: Tensor, size: int) -> int:
-    """On how many ranks each value of a gradient lies."""
-    if not isinstance(gradient, DTensor):
+def copies_of(parameters: Sequence[Tensor], size: int) -> Tensor:
+    """On how many of `size` ranks each value of a parameter (and of its gradient) lies, float64, on their device."""
+    return torch.tensor([_copies(p, size) for p in parameters], dtype=torch.float64, device=parameters[0].device)
+
+
+def _copies(parameter: Tensor, size: int) -> int:
+    if not isinstance(parameter, DTensor):
         return size
-    mesh = gradient.device_mesh
+    mesh = parameter.device_mesh
     # Not is_shard(): it is False for the strided shards of FSDP2 over an expert weight.
-    cut = math.prod(mesh.size(i) for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
+    cut = math.prod(mesh.size(i) for i, placement in enumerate(parameter.placements) if not placement.is_replicate())
     return size // cut
 
 

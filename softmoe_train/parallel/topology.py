@@ -54,10 +54,14 @@ def expert_axis_problems(config: ParallelConfig, *, num_experts: int, size: int)
     R = expert_axis(config, num_experts=num_experts, size=size)
     if R >= 1 and num_experts % R == 0 and size % R == 0:
         return []
+    if num_experts == 1:
+        return [f"parallel.expert_axis={R}: this model has no experts to spread (model.moe.blocks); use 1 or auto"]
     fails = [f"model.moe.num_experts={num_experts}"] if R < 1 or num_experts % R else []
     fails += [f"the {size} ranks of this run"] if R < 1 or size % R else []
     legal = _divisors(math.gcd(num_experts, size))
-    return [f"parallel.expert_axis={R} does not divide {' nor '.join(fails)}; use {legal}, which divide both"]
+    return [
+        f"parallel.expert_axis={R} does not divide {' nor '.join(fails)}; {num_experts} experts on {size} ranks allow {legal}"
+    ]
 
 
 def _divisors(number: int) -> str:

@@ -1,6 +1,7 @@
 """This file owns the small model that distributed tests share, its perturbed state, and an independent reference of a step."""
 
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from softmoe_train.parallel.topology import ParallelConfig, Topology
 SEED = 3
 GLOBAL_BATCH = 16
 CLIP = 0.05  # far below the norm of the small model, so that the clip matters
-LR = 0.1
+LR = 10.0  # large, so that every weight moves far beyond its own rounding
 DECAY = DecayConfig(head=0.3, kernels=0.03, router_scale=0.03)
 SGD = OptimConfig(kind="sgd", beta1=None, beta2=None, eps=None, momentum=0.0, clip_norm=CLIP, decay=DECAY)
 ADAMW = OptimConfig(kind="adamw", beta1=0.9, beta2=0.999, eps=1e-8, momentum=None, clip_norm=CLIP, decay=DECAY)
@@ -38,18 +39,19 @@ def model_config(**changes: Any) -> ModelConfig:
 
 def build(
     rank: int, world: int, expert_axis: int, sharding: str, *, optim: OptimConfig = SGD,
-    dtype: torch.dtype = torch.float32, loss: LossKind = "sigmoid",
+    dtype: torch.dtype = torch.float32, loss: LossKind = "sigmoid", expert_init: str = "independent", perturbed: bool = True,
 ) -> TorchEngine:  # fmt: skip
-    """The engine of one rank, in the perturbed state."""
+    """The engine of one rank, in the perturbed state unless asked otherwise."""
     device = torch.device("cpu")
     parallel = ParallelConfig(expert_axis=expert_axis, sharding=sharding)  # pyright: ignore[reportArgumentType]
-    config = model_config()
+    config = model_config(moe=model_config().moe.model_copy(update={"expert_init": expert_init}))
     topology = Topology.build(parallel, num_experts=config.moe.num_experts, device=device, size=world)
     engine = build_torch_engine(
         build_model(config, dtype), optim=optim, parallel=parallel, topology=topology, loss=loss,
         global_batch=GLOBAL_BATCH, seed=SEED, device=device,
     )  # fmt: skip
-    perturb(engine.module)
+    if perturbed:
+        perturb(engine.module)
     return engine
 
 
@@ -74,13 +76,24 @@ def global_batch(step: int = 0) -> Batch:
     return Batch(images, labels, torch.ones(GLOBAL_BATCH, dtype=torch.bool), ids, Cursor((step + 1) * GLOBAL_BATCH), ())
 
 
+def multi_hot(batch: Batch) -> Batch:
+    """The batch with one to three labels an image."""
+    rows = torch.zeros(len(batch), 10)
+    for i, label in enumerate(batch.labels.tolist()):
+        rows[i, [(label + 3 * k) % 10 for k in range(1 + label % 3)]] = 1
+    return replace(batch, labels=rows)
+
+
 def share(rank: int, world: int, micro_batches: int = 1, step: int = 0) -> list[Batch]:
     """This rank's micro-batches of the global batch."""
     return global_batch(step).split(world)[rank].split(micro_batches)
 
 
-def reference() -> dict[str, Any]:
-    """One SGD step in float64 by plain autograd, with no engine, mesh or collective: the truth for every layout."""
+def reference(loss_kind: LossKind = "sigmoid") -> dict[str, Any]:
+    """One SGD step in float64 by plain autograd, with no engine, mesh or collective: the truth for every layout.
+
+    The sigmoid loss has a label an image, softmax has several.
+    """
     model: ViT = build_model(model_config(), torch.float64)
     model.to_empty(device="cpu")
     initialize(model, SEED)
@@ -88,8 +101,13 @@ def reference() -> dict[str, Any]:
     model.double()
     batch = global_batch()
     logits = model(batch.images)
-    targets = torch.nn.functional.one_hot(batch.labels, 10).double()
-    loss = (torch.nn.functional.softplus(logits) - targets * logits).sum() / GLOBAL_BATCH
+    if loss_kind == "sigmoid":
+        targets = torch.nn.functional.one_hot(batch.labels, 10).double()
+        loss = (torch.nn.functional.softplus(logits) - targets * logits).sum() / GLOBAL_BATCH
+    else:
+        targets = multi_hot(batch).labels.double()
+        log_p = logits - logits.exp().sum(-1, keepdim=True).log()
+        loss = -((targets * log_p).sum(-1) / targets.sum(-1)).mean()
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()

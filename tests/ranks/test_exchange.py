@@ -79,15 +79,45 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, int]] = []
+        self.groups: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if name.startswith(("_c10d_functional.", "_c10d_functional_autograd.", "c10d.")) and not re.search(
             "wait|wrap", name
         ):
+            self.groups.append((name.split(".")[1], _group_name(args)))
             tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
             self.calls.append((name.split(".")[1], sum(t.numel() * t.element_size() for t in tensors)))
         return func(*args, **(kwargs or {}))
+
+
+def _group_name(args: Any) -> str:
+    """The process group of a collective: functional ones are given its name, the others the group itself."""
+    for leaf in torch.utils._pytree.tree_leaves(args):
+        if isinstance(leaf, str) and leaf not in ("sum", "avg"):
+            return leaf
+        if isinstance(leaf, torch.ScriptObject):
+            return dist.ProcessGroup.unbox(leaf).group_name
+    raise AssertionError(f"no group among {args}")
+
+
+def groups_of_a_training_step(rank: int, world: int) -> tuple[list[tuple[str, str]], str, int]:
+    engine = build(rank, world, expert_axis=2, sharding="fsdp")
+    (batch,) = share(rank, world)
+    with Traffic() as traffic:
+        engine.forward_backward(batch, last=True)
+        engine.update(0.1)
+    return traffic.groups, engine.topology.ep.get_group().group_name, len(traffic.groups)
+
+
+def test_under_fsdp_the_expert_axis_carries_slots_alone() -> None:
+    layers = 2
+    for groups, ep, total in run_ranks(groups_of_a_training_step, 4):
+        on_ep = [name for name, group in groups if group == ep]
+        assert on_ep == ["all_to_all_single"] * 4 * layers
+        assert total > len(on_ep), "gathers and reductions of weights, on the other axes, are seen too"
+        assert any("gather" in name for name, _ in groups)
 
 
 def traffic_of_a_step(rank: int, world: int) -> tuple[list, list]:

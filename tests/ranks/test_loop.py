@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softmoe_train.checkpoint.store import CheckpointStore
-from softmoe_train.data.batch import Batch, Cursor
+from softmoe_train.data.batch import Batch, Broken, Cursor
 from softmoe_train.dist import World, control_group
 from softmoe_train.evals.upstream import UpstreamConfig, UpstreamEvaluator
 from softmoe_train.loop import NonFiniteLossError, Plan, TrainState, fit
@@ -96,6 +96,65 @@ def test_a_healthy_run_completes(tmp_path: Path) -> None:
     assert loop["cursor"] == {"position": 6 * GLOBAL_BATCH}
 
 
+def never_updates(rank: int, world: int, folder: str) -> tuple[str, bool]:
+    """Losses are fine but no gradient is: a factor overflows in the backward alone."""
+    engine = build(rank, world, expert_axis=world, sharding="replicated")
+
+    def overflow(p: torch.Tensor) -> None:
+        assert p.grad is not None
+        p.grad.fill_(float("inf"))
+
+    engine.parameters["head.bias"].register_post_accumulate_grad_hook(overflow)
+    before = {name: q.detach().clone() for name, q in engine.local.items()}
+    store = CheckpointStore(
+        Path(folder), keep_last=2, rank=rank, world=world, group=control_group(World(rank, world, rank, world))
+    )
+    state = TrainState(engine, 0, 0, Cursor(0), "")
+    with pytest.raises(NonFiniteLossError) as caught:
+        fit(state, plan(steps=40, report_every=6), Stream(rank, world, {}), {}, store, SilentLog(""))
+    return str(caught.value), all(torch.equal(before[name], q) for name, q in engine.local.items())
+
+
+def test_a_run_that_learns_nothing_stops(tmp_path: Path) -> None:
+    for said, unmoved in run_ranks(never_updates, 2, str(tmp_path)):
+        assert said.startswith("the gradient norm was not finite in the last 12 steps, up to 12: no update was made.")
+        assert unmoved
+
+
+class Recorder:
+    """An engine that writes down what the loop asks of it."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.device, self.calls = engine, engine.device, []
+
+    def forward_backward(self, batch: Batch, *, last: bool) -> Any:
+        self.calls.append((len(batch), last))
+        return self.engine.forward_backward(batch, last=last)
+
+    def update(self, lr: float) -> Any:
+        self.calls.append(lr)
+        return self.engine.update(lr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+def steps_of_the_loop(rank: int, world: int, folder: str) -> list[Any]:
+    engine = Recorder(build(rank, world, expert_axis=1, sharding="replicated"))
+    store = CheckpointStore(Path(folder), keep_last=1, rank=rank, world=world, group=None)
+    state = TrainState(engine, 0, 0, Cursor(0), "")  # pyright: ignore[reportArgumentType]
+    four = plan(steps=2, micro_batches=4, learning_rate=lambda step: 0.5 + step)
+    fit(state, four, Stream(rank, world, {}), {}, store, SilentLog(""))
+    return engine.calls
+
+
+def test_a_step_is_its_micro_batches_then_one_update_at_the_rate_of_that_step(tmp_path: Path) -> None:
+    (calls,) = run_ranks(steps_of_the_loop, 1, str(tmp_path))
+    micro = GLOBAL_BATCH // 4
+    batch = [(micro, False)] * 3 + [(micro, True)]
+    assert calls == [*batch, 0.5, *batch, 1.5]
+
+
 def blow_up(rank: int, world: int, folder: str) -> str:
     engine = build(rank, world, expert_axis=world, sharding="fsdp")
     if rank == 1:
@@ -130,7 +189,8 @@ def measure(rank: int, world: int) -> dict[str, float]:
     rows = torch.cat([mine, torch.zeros(padded - len(mine), dtype=torch.long)])
     mask = torch.arange(padded) < len(mine)
     # Labels of padding rows are right on purpose: they must not count.
-    batch = Batch(images[rows], labels[rows], mask, rows, Cursor(0), ())
+    lost = (Broken("shard.tar", "key", "torn"),) if rank == 0 else ()
+    batch = Batch(images[rows], labels[rows], mask, rows, Cursor(0), lost)
     evaluator = UpstreamEvaluator(UpstreamConfig(every=0, batch_size=padded), [batch], "softmax")
     return dict(evaluator.run(TrainState(engine, 0, 0, Cursor(0), "")))
 
@@ -142,4 +202,5 @@ def test_upstream_measures_count_each_image_once_on_every_layout() -> None:
     for world, ranks in results.items():
         for r in ranks:
             assert r["test/top1"] == one["test/top1"], world
+            assert r["test/broken_images"] == 1
             assert r["test/loss"] == pytest.approx(one["test/loss"], rel=1e-6)

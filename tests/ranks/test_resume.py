@@ -141,10 +141,19 @@ def test_settings_that_shape_the_numbers_may_not_change(folder: Path, half: Path
     name = copy_of(half, "changed")
     done = softmoe(*DATA, f"run_dir={name}", "processes=2", "seed=5", "optim.clip_norm=2.0", folder=folder, ok=False)
     assert done.returncode == 2
+    (half.parent / name / "config.yaml").unlink()
+    again = softmoe(*DATA, f"run_dir={name}", "processes=2", "seed=5", "optim.clip_norm=2.0", folder=folder, ok=False)
+    assert again.stderr == done.stderr, "what counts is what the checkpoint was made with"
     assert (
         "run_dir=changed holds a run with other settings: optim.clip_norm=2.0 (was 1.0), seed=5 (was 0)" in done.stderr
     )
     assert "allow_changes=true" in done.stderr
+
+
+def test_a_run_cannot_end_before_its_newest_checkpoint(folder: Path, half: Path) -> None:
+    done = softmoe(*DATA, "run_dir=half", "processes=2", "steps=8", "allow_changes=true", folder=folder, ok=False)
+    assert done.returncode == 2
+    assert "steps=8: run_dir=half is at step 10 already" in done.stderr
 
 
 def test_other_images_are_not_taken_for_the_same_run(folder: Path, half: Path) -> None:
@@ -152,7 +161,8 @@ def test_other_images_are_not_taken_for_the_same_run(folder: Path, half: Path) -
     done = softmoe(
         *DATA, f"run_dir={name}", "processes=2", "data.train=shards/digits/test-*.tar", folder=folder, ok=False
     )
-    assert done.returncode != 0
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     assert "data.train gives other samples than" in done.stderr
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, load_yaml, parse, save_yaml
-from softmoe_train.run import RunConfig, check
+from softmoe_train.settings import RunConfig, check
 
 FOLDER = config_folder()
 GROUPS = sorted(
@@ -54,7 +54,7 @@ def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() 
     assert "there is no key modle.depth; did you mean model.depth" in problems[1]
     assert "there is no key stpes; did you mean steps" in problems[2]
     assert problems[3].startswith(
-        "parallel.expert_axis=3 does not divide model.moe.num_experts=4 nor the 2 ranks of this run; use 1 or 2"
+        "parallel.expert_axis=3 does not divide model.moe.num_experts=4 nor the 2 ranks of this run; 4 experts on 2 ranks allow 1 or 2"
     )
     assert "schedule.warmup_steps=21 plus schedule.cooldown_steps=0 exceed steps=20" in problems[4]
 
@@ -73,6 +73,11 @@ def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() 
         ("schedule.timescale=3", "schedule.timescale=3 with schedule.kind=cosine"),
         ("data.noise=loud", "data.noise='loud': input should be a valid number"),
         ("optim.momentum=0.9", "optim.momentum=0.9: optim.kind=adamw does not use it; set null"),
+        ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings do nothing here"),
+        ("name=a/b", "name='a/b' must be a plain name"),
+        ("run_dir=", "run_dir is empty"),
+        ("run_dir=/dev/null/x", "/dev/null is not a folder that we may write to"),
+        ("model.moe.blocks=last ²", "model.moe.blocks='last ²' is not"),
         ("]=[", "not an override; write key=value"),
         ("steps", "not an override; write key=value"),
     ],
@@ -126,6 +131,18 @@ def test_a_saved_configuration_cannot_execute(tmp_path: Path) -> None:
     assert not trap.exists()
     (tmp_path / "config.yaml").write_text("name: ${oc.env:HOME}\n")
     assert load_yaml(tmp_path / "config.yaml")["name"] == "${oc.env:HOME}"
+
+
+def test_an_empty_list_of_evaluators_is_empty_whatever_a_recipe_sets() -> None:
+    assert compose_alone("recipe=quickstart", "evals=[]").evals.upstream is None
+    assert compose_alone("recipe=quickstart", "evals=[upstream]").evals.upstream is not None
+
+
+def test_a_model_without_experts_has_none_to_spread() -> None:
+    (problem,) = problems_of("recipe=debug", "model.moe.blocks=[]", "parallel.expert_axis=2", size=2)
+    assert problem.startswith("parallel.expert_axis=2: this model has no experts to spread")
+    auto = compose(RunConfig, ["recipe=debug", "model.moe.blocks=[]"], lambda config: check(config, 2))
+    assert auto.model.num_experts == 1
 
 
 def test_records_are_strict_about_types() -> None:

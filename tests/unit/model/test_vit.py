@@ -11,7 +11,7 @@ from softmoe_train.model.init import initialize
 from softmoe_train.model.layers import Attention, LayerNorm, PatchEmbed
 from softmoe_train.model.moe import MoEConfig
 from softmoe_train.model.vit import ModelConfig, build_model
-from softmoe_train.run import RunConfig
+from softmoe_train.settings import RunConfig
 
 DENSE = MoEConfig(blocks=[], router="soft", num_experts=1, slots_per_expert=1, expert_init="identical")
 

@@ -27,7 +27,7 @@ def test_auto_takes_the_largest_common_divisor(experts: int, ranks: int, axis: i
     [
         (
             6,
-            "parallel.expert_axis=6 does not divide model.moe.num_experts=64 nor the 16 ranks of this run; use 1, 2, 4, 8 or 16",
+            "parallel.expert_axis=6 does not divide model.moe.num_experts=64 nor the 16 ranks of this run; 64 experts on 16 ranks allow 1, 2, 4, 8 or 16",
         ),
         (32, "parallel.expert_axis=32 does not divide the 16 ranks"),
         (0, "parallel.expert_axis=0 does not divide"),

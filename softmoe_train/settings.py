@@ -1,0 +1,163 @@
+"""This file owns the settings of a run: every knob, what may not be combined, and what may not change under a run."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from softmoe_train.checkpoint.agreement import CheckpointError
+from softmoe_train.checkpoint.folder import step_folders, step_of
+from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
+from softmoe_train.config import Record
+from softmoe_train.data import DataConfig, check_data
+from softmoe_train.evals.upstream import UpstreamConfig
+from softmoe_train.faults.claim import owner
+from softmoe_train.model.loss import LossKind
+from softmoe_train.model.vit import ModelConfig
+from softmoe_train.observe.log import ObserveConfig
+from softmoe_train.observe.redact import without_secrets
+from softmoe_train.optim.build import OptimConfig
+from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
+from softmoe_train.parallel.topology import ParallelConfig, expert_axis_problems
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class EngineConfig(Record):
+    """Which engine holds the weights."""
+
+    kind: Literal["torch"]
+
+
+class EvalsConfig(Record):
+    """The evaluators of a run; null leaves one out."""
+
+    upstream: UpstreamConfig | None
+
+
+class RunConfig(Record):
+    """Every knob of a run; `conf/` holds the values."""
+
+    name: str
+    run_dir: str
+    seed: Annotated[int, Field(ge=0)]
+    steps: Positive  # updates of the whole run
+    stop_after: Positive | None  # end cleanly after this step, as an interruption would
+    batch_size: Positive  # images of one step, over all ranks
+    micro_batches: Positive  # parts of a rank's images that go through the model one after another
+    processes: Positive  # local workers to start; under torchrun or srun the launcher decides
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["float32", "bfloat16"]  # of gathered weights and activations; stored weights are float32
+    loss: LossKind
+    allow_changes: bool  # continue a run although settings that shape its trajectory have changed
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    observe: ObserveConfig
+    evals: EvalsConfig
+
+    @field_validator("name")
+    @classmethod
+    def _a_name(cls, name: str) -> str:
+        if not name or "/" in name or name in (".", ".."):
+            raise ValueError(
+                f"name={name!r} must be a plain name, since runs/<name> is the run's folder; use run_dir= for a path"
+            )
+        return name
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run_dir)
+
+    def as_saved(self) -> dict[str, Any]:
+        """The configuration as it is kept and sent: secrets and signed URLs left out."""
+        return without_secrets(self.model_dump())
+
+
+# What a continued run may change freely: where and how it computes, what it reports. All else shapes the numbers.
+FREE = {
+    "name", "run_dir", "stop_after", "micro_batches", "processes", "device", "allow_changes", "parallel", "engine",
+    "checkpoint", "observe", "evals", "data.train", "data.test", "data.workers", "data.prefetch", "data.max_broken",
+}  # fmt: skip
+
+
+def check(config: RunConfig, size: int) -> list[str]:
+    """Every mistake in the combination of settings for a run on `size` ranks; looks at files but starts nothing."""
+    problems = expert_axis_problems(config.parallel, num_experts=config.model.num_experts, size=size)
+    problems += schedule_problems(config.schedule, config.steps)
+    problems += check_data(
+        config.data,
+        image_size=config.model.image_size,
+        global_batch=config.batch_size,
+        world=size,
+        needs_test=config.evals.upstream is not None,
+    )
+    if config.batch_size % size == 0 and config.batch_size // size % config.micro_batches:
+        problems.append(
+            f"micro_batches={config.micro_batches} does not divide the {config.batch_size // size} images that each of {size} "
+            f"ranks has of batch_size={config.batch_size}; use a divisor, or a batch_size that is a multiple of "
+            f"{size * config.micro_batches}"
+        )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        problems.append("device=cuda, but torch sees no CUDA device here; use device=cpu or auto")
+    return problems + (_folder_problems(config) or _resume_problems(config))
+
+
+def _folder_problems(config: RunConfig) -> list[str]:
+    """Why the run folder cannot be written by this run."""
+    if not config.run_dir:
+        return ["run_dir is empty; give the run a folder, as in run_dir=runs/mine"]
+    there = config.folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return [f"run_dir={config.run_dir}: {there} is not a folder that we may write to; give another run_dir"]
+    holder = owner(config.folder)
+    if holder is not None:
+        return [f"run_dir={config.run_dir} is in use by {holder}; wait for it to end or give another run_dir"]
+    return []
+
+
+def _resume_problems(config: RunConfig) -> list[str]:
+    """What in the newest checkpoint of the run folder does not go with these settings."""
+    complete = step_folders(config.folder / "checkpoints", complete=True)
+    if not complete:
+        return []
+    try:
+        saved = read_documents(complete[-1])["config"]
+    except CheckpointError as error:
+        return [f"run_dir={config.run_dir}: {error}"]
+    assert isinstance(saved, dict), saved
+    problems = []
+    if step_of(complete[-1]) > config.steps:
+        problems.append(
+            f"steps={config.steps}: run_dir={config.run_dir} is at step {step_of(complete[-1])} already; give more steps or "
+            f"another run_dir"
+        )
+    then, now = _flat(saved), _flat(config.as_saved())
+    free = tuple(f"{key}." for key in FREE)
+    changed = [
+        f"{key}={now.get(key)} (was {then.get(key)})"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key) and key not in FREE and not key.startswith(free)
+    ]
+    if changed and not config.allow_changes:
+        problems.append(
+            f"run_dir={config.run_dir} holds a run with other settings: {', '.join(changed)}; give another run_dir, the same "
+            f"settings, or allow_changes=true to continue it with these"
+        )
+    return problems
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
