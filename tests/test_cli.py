@@ -72,7 +72,6 @@ def test_every_setting_that_shapes_the_numbers_reaches_the_run(tmp_path: Path) -
         "seed=1",
         "loss=sigmoid",
         "precision=bfloat16",
-        "optim.kind=adam",
         "model.moe.expert_init=independent",
     ):
         other = first_line(tmp_path, override)
