@@ -54,10 +54,9 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not in a `finally`: after a failure other ranks may be inside a collective, and an orderly end would wait for them.
+    dist.destroy_process_group()
 
 
 def control_group(world: World) -> dist.ProcessGroup | None:

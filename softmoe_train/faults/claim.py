@@ -16,6 +16,7 @@ LOCK = ".lock"
 def claim(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process until the end of the block; the kernel gives it back however the process ends.
 
+    A record lock, not flock(): decode workers would inherit that, and hold it for seconds after a killed rank.
     Raises BlockingIOError that names the owner if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +34,7 @@ def owner(folder: Path) -> str | None:
         return None
     with (folder / LOCK).open("r") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return file.read() or "another process"
     return None
@@ -42,7 +43,7 @@ def owner(folder: Path) -> str | None:
 def _lock(file: IO[str], folder: Path) -> None:
     for patience in range(20, -1, -1):
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not patience:
                 break

@@ -1,0 +1,66 @@
+"""The claim on a run folder, with real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from softmoe_train.faults.claim import claim, owner
+from tests.runs import environment
+
+# Claims the folder and forks a child that outlives it, as a decode worker does.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from softmoe_train.faults.claim import claim
+with claim(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
+    """A process that holds the folder, and its child."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def test_a_second_claim_is_refused_with_the_owner(tmp_path: Path, holder: tuple[subprocess.Popen[str], int]) -> None:
+    process, child = holder
+    assert (owner(tmp_path) or "").startswith(f"process {process.pid} on ")
+    with pytest.raises(BlockingIOError, match=f"in use by process {process.pid} on"), claim(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_killed_owner_leaves_nothing_behind_though_its_child_lives(
+    tmp_path: Path, holder: tuple[subprocess.Popen[str], int]
+) -> None:
+    process, child = holder
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    try:
+        assert owner(tmp_path) is None
+        with claim(tmp_path):
+            pass
+        assert time.monotonic() - began < 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_that_nobody_claimed_has_no_owner(tmp_path: Path) -> None:
+    assert owner(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
