@@ -28,6 +28,7 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+NO_FILE = "no such file under conf/"
 HYDRA = re.compile(r"[+~]*hydra[./=]")
 Tree = dict[str, Any]
 
@@ -60,7 +61,7 @@ def compose(record: type[R], overrides: list[str], check: Callable[[R], list[str
         raise ConfigError(problems)
     config, found = parse(record, tree)
     problems += found
-    if config is not None:
+    if config is not None and not any(NO_FILE in problem for problem in problems):  # else it would judge another choice
         problems += check(config)
     if problems or config is None:
         raise ConfigError(problems)
@@ -172,12 +173,13 @@ def _override_wording(override: str, error: Exception, chosen: list[str]) -> str
     if _chooses_group(override):
         folder = config_folder() / parsed.key_or_group
         options = sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))
-        return f"{override}: no such file under conf/{parsed.key_or_group}; use one of {', '.join(options)}"
+        return f"{override}: {NO_FILE}{parsed.key_or_group}; use one of {', '.join(options)}"
     told = f"{error}\n{error.__cause__}"
     if "not in struct" in told or "Could not override" in told:
         named = re.search(r"full_key: (\S+)", told)  # inside the value, where that is a mapping
         key = max(parsed.key_or_group, named.group(1) if named else "", key=len)
-        return _no_such_key(override, key, _leaves(_resolved(chosen)))
+        groups = [folder.name for folder in config_folder().iterdir() if folder.is_dir()]
+        return _no_such_key(override, key, [*groups, *_leaves(_resolved(chosen))])
     return f"{override}: {_first_line(error)}"
 
 

@@ -54,9 +54,14 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
-    yield
-    # Not in a `finally`: after a failure other ranks may be inside a collective, and an orderly end would wait for them.
-    dist.destroy_process_group()
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        # After a failure other ranks may be inside a collective, and an orderly end would wait for them.
+        if not failed or world.size == 1:
+            dist.destroy_process_group()
 
 
 def control_group(world: World) -> dist.ProcessGroup | None:
@@ -68,9 +73,11 @@ def control_group(world: World) -> dist.ProcessGroup | None:
     return group
 
 
-def wait_for_all() -> None:
-    """Return when every rank has come here."""
-    dist.barrier()
+def gather_texts(texts: list[str]) -> list[str]:
+    """What all ranks have to say, without repetition, on all ranks."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, texts)
+    return list(dict.fromkeys(text for said in gathered for text in said))
 
 
 def local_values(tensor: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
 from softmoe_train.data import Cursor, ImageStream, build_eval_stream, build_stream, make_indexes
-from softmoe_train.dist import World, control_group, pick_device, process_group, wait_for_all
+from softmoe_train.dist import World, control_group, gather_texts, pick_device, process_group
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.claim import claim
@@ -44,6 +45,9 @@ def train(config: RunConfig, world: World) -> str:
         reason = "failed"
         try:
             reason = fit(state, _plan(config, stream), stream, evaluators, store, log)
+        except KeyboardInterrupt:
+            reason = "interrupted"
+            raise
         except BaseException as error:
             reason = f"failed: {type(error).__name__}: {error}"
             raise
@@ -68,14 +72,20 @@ def _engine(config: RunConfig, topology: Topology, device: torch.device) -> Torc
 
 
 def _index(config: RunConfig, world: World) -> None:
-    """Have the ranks of each host share the reading of tars that no run has met before."""
-    make_indexes(
-        config.data,
-        part=world.local_rank % world.local_size,
-        parts=world.local_size,
-        needs_test=config.evals.upstream is not None,
+    """Have the ranks of each host share the reading of tars that no run has met before.
+
+    Raises ConfigError on every rank that names every tar which cannot be read to its end.
+    """
+    problems = gather_texts(
+        make_indexes(
+            config.data,
+            part=world.local_rank % world.local_size,
+            parts=world.local_size,
+            needs_test=config.evals.upstream is not None,
+        )
     )
-    wait_for_all()
+    if problems:
+        raise ConfigError(problems)
 
 
 def _stream(config: RunConfig, world: World) -> ImageStream:
@@ -134,7 +144,11 @@ def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream
             ]
         )
     tensors = state.engine.state_dict()
-    store.load(path, tensors)
+    try:
+        store.load(path, tensors)
+    except CheckpointError as error:
+        remedy = f"to go on from the checkpoint before it, or from scratch, move {path} away"
+        raise CheckpointError(error.what, [*error.problems, remedy]) from error
     state.engine.load_state_dict(tensors)
     state.restore(documents["loop"])
     return path
@@ -142,11 +156,15 @@ def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream
 
 def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Path | None) -> SilentLog:
     tree = config.as_saved()
+    begun = (config.folder / "metrics.jsonl").is_file()
+    observe = config.observe
+    if state.step >= config.steps:  # nothing will be sent
+        observe = observe.model_copy(update={"wandb": observe.wandb.model_copy(update={"mode": "disabled"})})
     if world.main:
         config.folder.mkdir(parents=True, exist_ok=True)
         save_yaml(tree, config.folder / "config.yaml")
     log = build_log(
-        config.observe,
+        observe,
         config.folder,
         name=config.name,
         run_config=tree,
@@ -156,6 +174,8 @@ def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Path | 
         resume_step=state.step,
     )
     state.wandb_id = log.wandb_id
+    if resumed is None and begun:
+        log.message(f"{config.folder} holds no checkpoint: starting from scratch, what it reported before is dropped")
     if resumed is not None:
         log.message(f"resumed from {resumed} at step {state.step} of {config.steps}")
     return log

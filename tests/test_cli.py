@@ -97,6 +97,16 @@ def test_a_rank_without_a_world_is_refused(tmp_path: Path) -> None:
     assert "RANK=0 is set in the environment without WORLD_SIZE" in done.stderr
 
 
+def test_all_damaged_tars_are_told_in_one_message(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(b"not a tar" * 100)
+    data = ["data=cifar10", "data.streams=8", f"data.train={tmp_path}/*.tar", f"data.test={tmp_path}/a.tar"]
+    done = softmoe("recipe=debug", "processes=2", *data, folder=tmp_path, ok=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("is not a whole, uncompressed tar") == 2
+
+
 def test_an_unknown_verb_names_the_known_ones(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "softmoe_train", "trian"], env=environment(), capture_output=True, text=True, check=False

@@ -54,7 +54,7 @@ def test_the_resume_example_runs_as_written(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
-    assert "resumed from runs/debug/checkpoints/step_00000010" in done.stdout
+    assert "resumed from runs/again/checkpoints/step_00000010" in done.stdout
 
 
 def _resume_lines() -> tuple[str, str]:

@@ -30,8 +30,3 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"softmoe {options.verb}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            f"softmoe {options.verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
-        return 130

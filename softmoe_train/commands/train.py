@@ -4,10 +4,12 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 from softmoe_train.checkpoint import CheckpointError
+from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.config import ConfigError, as_yaml, compose
 from softmoe_train.dist import World, world_of
 from softmoe_train.launching.environment import adopt_environment, under_launcher
@@ -34,8 +36,25 @@ def train(overrides: list[str], *, print_only: bool) -> int:
     config = compose(RunConfig, overrides, lambda c: check(c, c.processes))
     if config.processes > 1:
         command = [sys.executable, "-m", "softmoe_train", "train", *overrides]
-        return launch_local(config.processes, command, grace_seconds=GRACE_SECONDS)
-    return _train(config, overrides)
+        code = launch_local(config.processes, command, grace_seconds=GRACE_SECONDS)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            print(_interrupted(config), file=sys.stderr)
+        return code
+    try:
+        return _train(config, overrides)
+    except KeyboardInterrupt:
+        print(_interrupted(config), file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _interrupted(config: RunConfig) -> str:
+    """What an interruption cost, and how to go on."""
+    complete = step_folders(config.folder / "checkpoints", complete=True)
+    if not complete:
+        return (
+            f"softmoe train: interrupted before the first checkpoint of {config.folder}; the same command starts over"
+        )
+    return f"softmoe train: interrupted; the same command goes on from step {step_of(complete[-1])} of {config.folder}"
 
 
 def _work(overrides: list[str], print_only: bool) -> int:

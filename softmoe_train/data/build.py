@@ -11,17 +11,23 @@ from softmoe_train.data.transforms import build_transform, check_transform
 from softmoe_train.data.workers import Decoding
 
 
-def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) -> int:
-    """Index every `parts`-th tar from `part` on, so that processes that share a cache share the reading; how many those are.
+def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) -> list[str]:
+    """Index every `parts`-th tar from `part` on, so that processes that share a cache share the reading.
 
-    An index that is there already is not made again. Raises ValueError for a tar that cannot be read to its end.
+    An index that is there already is not made again. Returns a message for each tar that cannot be read to its end.
     """
     if isinstance(cfg, SyntheticConfig):
-        return 0
+        return []
     paths = expand_shards(cfg.train, key="data.train")
     if needs_test:
         paths += expand_shards(cfg.test, key="data.test")
-    return len(list(index_shards(paths[part::parts])))
+    problems = []
+    for path in paths[part::parts]:
+        try:
+            list(index_shards([path]))
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def build_stream(

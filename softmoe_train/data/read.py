@@ -61,11 +61,13 @@ class SampleReader:
             or (self.labels == "hard" and len(words) > 1)
         ):
             wanted = "one integer" if self.labels == "hard" else "integers"
-            raise UnreadableSampleError(f"label {label[:40]!r} is not {wanted} (data.labels={self.labels})")
+            raise UnreadableSampleError(
+                f"label {label[:40].decode(errors='replace')!r} is not {wanted} (data.labels={self.labels})"
+            )
         classes = [int(word) for word in words]
         if min(classes) < 0 or max(classes) >= self.num_classes:
             limit = f"0 to {self.num_classes - 1} (model.num_classes={self.num_classes})"
-            raise UnreadableSampleError(f"label {label[:40]!r} is outside {limit}")
+            raise UnreadableSampleError(f"label {label[:40].decode(errors='replace')!r} is outside {limit}")
         return classes
 
     def _bytes(self, shard: int, where: NDArray[np.int64], limit: int, what: str) -> bytes:

@@ -49,7 +49,7 @@ def _too_many(broken: Sequence[Broken], limit: int) -> str:
     shown = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in broken[-5:])
     return (
         f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
-        "repair the shards, or raise data.max_broken if their loss does not matter."
+        "repair the shards, correct the setting that a reason names, or raise data.max_broken if their loss does not matter."
     )
 
 

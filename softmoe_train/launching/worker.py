@@ -42,7 +42,8 @@ def run_worker(main: Callable[[], int]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # srun's steps have their own way of ending tasks
         die_with_parent()
     try:
-        return main()
+        code = main()
+        return code if code == 0 else exit_now(code)
     except KeyboardInterrupt:  # Ctrl-C reaches every rank: a traceback from each would bury the last thing they said
         exit_now(128 + signal.SIGINT)
     except Exception as error:

@@ -56,11 +56,12 @@ def expert_axis_problems(config: ParallelConfig, *, num_experts: int, size: int)
         return []
     if num_experts == 1:
         return [f"parallel.expert_axis={R}: this model has no experts to spread (model.moe.blocks); use 1 or auto"]
+    ranks = f"{size} ranks" if size > 1 else "1 rank"
     fails = [f"model.moe.num_experts={num_experts}"] if R < 1 or num_experts % R else []
-    fails += [f"the {size} ranks of this run"] if R < 1 or size % R else []
+    fails += [f"the {ranks} of this run"] if R < 1 or size % R else []
     legal = _divisors(math.gcd(num_experts, size))
     return [
-        f"parallel.expert_axis={R} does not divide {' nor '.join(fails)}; {num_experts} experts on {size} ranks allow {legal}"
+        f"parallel.expert_axis={R} does not divide {' nor '.join(fails)}; {num_experts} experts on {size} {'ranks' if size > 1 else 'rank'} allow {legal}"
     ]
 
 

@@ -123,8 +123,9 @@ def test_control_c_ends_all_ranks_within_seconds(folder: Path) -> None:
     ranks = children_of(launcher.pid)
     began = time.monotonic()
     launcher.send_signal(signal.SIGINT)
-    launcher.communicate(timeout=30)
+    _, said = launcher.communicate(timeout=30)
     assert launcher.returncode == 128 + signal.SIGINT
+    assert "softmoe train: interrupted" in said
     assert time.monotonic() - began < 10
     assert not any(alive(pid) for pid in ranks)
 

@@ -82,7 +82,8 @@ def test_the_example_of_the_guide_makes_shards_from_a_folder_of_pictures(tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example.py").write_text(example)
     runpy.run_path("example.py")
-    images, labels = all_of("train-*.tar", 8, 2)
+    parts = [all_of(f"{name}-*.tar", 8, 2) for name in ("train", "test")]
+    images, labels = (torch.cat(both) for both in zip(*parts, strict=True))
     numbers = (images[:, 0, 0, 0].int() + 20) // 40
     assert sorted(numbers.tolist()) == list(range(6))
     assert labels.tolist() == (numbers % 2).tolist()
