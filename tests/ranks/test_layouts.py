@@ -92,9 +92,9 @@ def test_a_layout_equals_one_process_in_float64(world: int, axis: int, sharding:
         if wrong > 2e-5 * moved.norm() + 6e-8 * weight.norm():
             far[name] = (wrong / moved.norm()).item()
     assert far == {}
-    print(
-        f"| {world} | {axis} | {sharding} | {micro} | {error:.1e} {worst} | {abs(got['norm'] / want['norm'] - 1):.1e} |"
-    )
+    norm = abs(got["norm"] / want["norm"] - 1)
+    weights = max((got["weights"][n].double() - w).abs().max().item() for n, w in want["weights"].items())
+    print(f"| {world} | {axis} | {sharding} | {micro} | {error:.1e} {worst} | {norm:.1e} | {weights:.1e} |")
 
 
 def softmax_step(rank: int, world: int) -> tuple[dict[str, Tensor], float]:
