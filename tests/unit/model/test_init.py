@@ -11,24 +11,28 @@ from softmoe_train.model.moe import MoEConfig
 from softmoe_train.model.vit import ModelConfig, ViT, build_model
 
 
-def model(expert_init: str = "identical", seed: int = 0) -> ViT:
-    """Width and depth of the S/16 of the paper, fewer experts."""
-    moe = MoEConfig(blocks="last 1", router="soft", num_experts=16, slots_per_expert=1, expert_init=expert_init)  # pyright: ignore[reportArgumentType]
-    config = ModelConfig(
-        image_size=32,
-        patch_size=16,
-        width=384,
-        depth=2,
-        mlp_dim=1536,
-        num_heads=6,
-        num_classes=29593,
-        position_std=0.02,
-        moe=moe,
-    )
+def initialized(moe: MoEConfig, seed: int = 0, **changes: int) -> ViT:
+    """A model of the width and hidden width of the paper's S/16, from its seed."""
+    sizes = {
+        "image_size": 32,
+        "patch_size": 16,
+        "width": 384,
+        "depth": 2,
+        "mlp_dim": 1536,
+        "num_heads": 6,
+        "num_classes": 29593,
+    }
+    config = ModelConfig.model_validate({**sizes, **changes, "position_std": 0.02, "moe": moe})
     built = build_model(config, torch.float32)
     built.to_empty(device="cpu")
     initialize(built, seed)
     return built
+
+
+def model(expert_init: str = "identical", seed: int = 0) -> ViT:
+    """Two blocks, the last with 16 experts."""
+    moe = MoEConfig(blocks="last 1", router="soft", num_experts=16, slots_per_expert=1, expert_init=expert_init)  # pyright: ignore[reportArgumentType]
+    return initialized(moe, seed)
 
 
 @pytest.fixture(scope="module")
@@ -128,20 +132,7 @@ def test_what_no_rule_touched_is_named() -> None:
 
 def test_a_fresh_layer_is_almost_uniform() -> None:
     moe = MoEConfig(blocks=[0], router="soft", num_experts=128, slots_per_expert=1, expert_init="identical")
-    config = ModelConfig(
-        image_size=224,
-        patch_size=16,
-        width=384,
-        depth=1,
-        mlp_dim=8,
-        num_heads=6,
-        num_classes=2,
-        position_std=0.02,
-        moe=moe,
-    )
-    vit = build_model(config, torch.float32)
-    vit.to_empty(device="cpu")
-    initialize(vit, 0)
+    vit = initialized(moe, image_size=224, depth=1, mlp_dim=8, num_classes=2)
     routing = vit.blocks[0].moe.router(torch.randn(8, 196, 384, generator=torch.Generator().manual_seed(0)))
     # paper.md 1.3: 0.00587 and 0.00893; the draws differ, the statistics do not.
     assert routing.dispatch.amax(1).mean().item() == pytest.approx(0.00587, rel=0.02)
