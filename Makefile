@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/softmoe train recipe=quickstart
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=40
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -68,6 +68,36 @@ def compose(record: type[R], overrides: list[str], check: Callable[[R], list[str
     return config
 
 
+def split_overrides(own: type[Record], run: type[Record], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides of a verb that has keys of its own beside those of a run: its own (misspelt ones too), and the run's."""
+    mine, others = [], []
+    for override in overrides:
+        key = override.partition("=")[0]
+        misspelt = "." not in key and key not in run.model_fields and difflib.get_close_matches(key, own.model_fields)
+        (mine if key in own.model_fields or misspelt else others).append(override)
+    return mine, others
+
+
+def compose_own(record: type[R], file: str, overrides: list[str]) -> tuple[R | None, list[str]]:
+    """The keys that one verb has beside a run's: the YAML `file` under conf/, then `overrides`, and all that is wrong.
+
+    A value with commas (`images=8,32`) is a list, as is one in brackets.
+    """
+    tree, problems = load_yaml(config_folder() / file), []
+    for override in overrides:
+        override = _quoted(override)
+        parsed = _parsed(override)
+        key = override.partition("=")[0]
+        if key not in tree:
+            problems.append(_no_such_key(override, key, list(tree), f"it has {', '.join(tree)}"))
+        elif parsed is None:
+            problems.append(_override_wording(override, ValueError(), []))
+        else:
+            tree[key] = list(parsed.sweep_iterator()) if parsed.is_choice_sweep() else parsed.value()
+    settings, found = parse(record, tree)
+    return settings, problems + found
+
+
 def parse(record: type[R], tree: Tree) -> tuple[R | None, list[str]]:
     """A tree as a record, with everything that is wrong in it. Unknown keys do not hide what else is wrong."""
     problems: list[str] = []
@@ -183,9 +213,11 @@ def _override_wording(override: str, error: Exception, chosen: list[str]) -> str
     return f"{override}: {_first_line(error)}"
 
 
-def _no_such_key(shown: str, key: str, known: list[str]) -> str:
+def _no_such_key(
+    shown: str, key: str, known: list[str], otherwise: str = "`softmoe train --cfg job` prints every key"
+) -> str:
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.7)
-    remedy = f"did you mean {' or '.join(close)}?" if close else "`softmoe train --cfg job` prints every key"
+    remedy = f"did you mean {' or '.join(close)}?" if close else otherwise
     return f"{shown}: there is no key {key}; {remedy}"
 
 

@@ -1,14 +1,19 @@
 """This file owns process groups, rank facts and the reductions that the rest of the house asks for."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
 class World(NamedTuple):
@@ -32,15 +37,28 @@ def world_of(environ: dict[str, str] | os._Environ[str]) -> World:
 
 
 def pick_device(kind: str, local_rank: int) -> torch.device:
-    """`auto` is this rank's accelerator where there is one, else the CPU."""
+    """`auto` is this rank's accelerator where there is one, else the CPU, for which the process then keeps freed memory."""
+    torch.set_float32_matmul_precision("highest")  # the router's float32 means float32, not TF32
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
+        _keep_freed_memory()
         return torch.device("cpu")
     # Modulo: with one GPU shown to each task, a task of local rank 3 still sees it as device 0.
     device = torch.device(kind, local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc's malloc reuse large blocks, as CUDA's allocator does, and not return them to the kernel (elsewhere nothing happens).
+
+    It would map each tensor above 32 MiB afresh: at every step the kernel zeroes gigabytes of gradients, a third of a layer's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 @contextmanager
@@ -64,13 +82,19 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def control_group(world: World) -> dist.ProcessGroup | None:
+def control_group(world: World, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """A Gloo group of its own for agreements between hosts (checkpoints); None for a process alone. Collective."""
     if world.size == 1:
         return None
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), group
     return group
+
+
+def wait_for_all(group: dist.ProcessGroup | None) -> None:
+    """Hold the ranks of a control group until all are here, for as long as its own timeout allows."""
+    if group is not None:
+        dist.barrier(group)
 
 
 def gather_texts(texts: list[str]) -> list[str]:
@@ -85,6 +109,11 @@ def local_values(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def global_values(tensor: Tensor) -> Tensor:
+    """The whole of `tensor`, on every rank; each rank of its mesh must ask, in the same order."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def local_offsets(tensor: Tensor) -> tuple[int, ...]:
     """Where this rank's part of `tensor` begins, in every dim of the global tensor."""
     if not isinstance(tensor, DTensor):
@@ -92,6 +121,15 @@ def local_offsets(tensor: Tensor) -> tuple[int, ...]:
     # Also right for the strided shards that FSDP2 makes of an expert weight; checkpoints rely on the same call.
     chunks = tensor.__create_chunk_list__()
     return tuple(chunks[0].offsets) if chunks else (0,) * tensor.ndim
+
+
+def laid_out_as(local: Tensor, like: Tensor) -> Tensor:
+    """A local tensor as the shard of a global one, placed as `like` is; itself where `like` is whole."""
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def sum_over_world(value: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
 from softmoe_train.data import Cursor, ImageStream, build_eval_stream, build_stream, make_indexes
 from softmoe_train.dist import World, control_group, gather_texts, pick_device, process_group
+from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
+from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
+from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.claim import claim
 from softmoe_train.loop import Evaluator, Plan, TrainState, fit
@@ -22,7 +25,7 @@ from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.topology import Topology
-from softmoe_train.settings import RunConfig
+from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,8 +35,8 @@ def train(config: RunConfig, world: World) -> str:
     device = pick_device(config.device, world.local_rank)
     # The claim comes after the process group: by then every rank has checked that the folder is free.
     with process_group(world, device), claim(config.folder) if world.main else nullcontext():
-        topology = Topology.build(config.parallel, num_experts=config.model.num_experts, device=device, size=world.size)
-        engine = _engine(config, topology, device)
+        topology = build_topology(config, world, device)
+        engine = build_engine(config, topology, device)
         _index(config, world)
         stream = _stream(config, world)
         evaluators = _evaluators(config, world)
@@ -56,16 +59,42 @@ def train(config: RunConfig, world: World) -> str:
     return reason
 
 
-def _engine(config: RunConfig, topology: Topology, device: torch.device) -> TorchEngine:
-    match config.engine.kind:
-        case "torch":
+def build_topology(config: RunConfig, world: World, device: torch.device) -> Topology:
+    """The meshes of the settings, over the default process group; every rank calls it."""
+    return Topology.build(
+        config.parallel,
+        num_experts=config.model.num_experts,
+        device=device,
+        size=world.size,
+        local_size=world.local_size,
+    )
+
+
+def build_engine(config: RunConfig, topology: Topology, device: torch.device) -> TorchEngine | DeepSpeedEngine:
+    """The engine that the settings name, its weights as the seed gives them."""
+    model = build_model(config.model, DTYPES[config.precision])
+    match config.engine:
+        case TorchEngineConfig():
             return build_torch_engine(
-                build_model(config.model, DTYPES[config.precision]),
+                model,
                 optim=config.optim,
+                average=config.average,
                 parallel=config.parallel,
                 topology=topology,
+                compiled=config.compile,
                 loss=config.loss,
                 global_batch=config.batch_size,
+                seed=config.seed,
+                device=device,
+            )
+        case DeepSpeedConfig():
+            return build_deepspeed_engine(
+                model,
+                decided=decided(config, config.engine, topology.size),
+                average=config.average,
+                topology=topology,
+                compiled=config.compile,
+                loss=config.loss,
                 seed=config.seed,
                 device=device,
             )
@@ -113,6 +142,8 @@ def _evaluators(config: RunConfig, world: World) -> dict[str, Evaluator]:
             world=world.size,
         )
         evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, batches, config.loss)
+    if config.average is not None:
+        evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
     return evaluators
 
 
@@ -126,8 +157,8 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
     )
 
 
-def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Path | None:
-    """Fill `state`; returns the checkpoint it came from. Precedence:
+def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> str | None:
+    """Fill `state`; returns where it came from, in words. Precedence:
 
     1. the newest complete checkpoint of this run folder
     2. scratch: the weights that `initialize` derived from the seed
@@ -143,18 +174,30 @@ def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream
                 f"{documents['stream']} then; give the same shards, another run_dir, or allow_changes=true"
             ]
         )
-    tensors = state.engine.state_dict()
+    saved = documents["config"]
+    averaged = isinstance(saved, dict) and saved.get("average") is not None
     try:
-        store.load(path, tensors)
+        _load(path, store, state, all_of_it=averaged == (config.average is not None))
     except CheckpointError as error:
         remedy = f"to go on from the checkpoint before it, or from scratch, move {path} away"
         raise CheckpointError(error.what, [*error.problems, remedy]) from error
-    state.engine.load_state_dict(tensors)
     state.restore(documents["loop"])
-    return path
+    if averaged == (config.average is not None):
+        return str(path)
+    return f"{path} ({'without its averaged weights' if averaged else 'the average of the weights starts there'})"
 
 
-def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Path | None) -> SilentLog:
+def _load(path: Path, store: CheckpointStore, state: TrainState, *, all_of_it: bool) -> None:
+    """Fill the engine; unless all of it, leave averaged weights aside, whichever side has them."""
+    tensors = state.engine.state_dict()
+    kinds = ("",) if all_of_it else ("model.", "optimizer.")
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
+    for kind in kinds:
+        store.load(path, {name: t for name, t in tensors.items() if name.startswith(kind)}, prefix=kind)
+    state.engine.load_state_dict(tensors)
+
+
+def _log(config: RunConfig, world: World, state: TrainState, *, resumed: str | None) -> SilentLog:
     tree = config.as_saved()
     begun = (config.folder / "metrics.jsonl").is_file()
     observe = config.observe
@@ -181,13 +224,17 @@ def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Path | 
     return log
 
 
-def _description(config: RunConfig, engine: TorchEngine, topology: Topology) -> str:
+def _description(config: RunConfig, engine: TorchEngine | DeepSpeedEngine, topology: Topology) -> str:
     """What is about to be trained, in a line."""
     parameters = sum(p.numel() for p in engine.parameters.values())
     moe = config.model.moe
     layers = len(moe_blocks(moe.blocks, config.model.depth))
     experts = f"{moe.num_experts} experts x {moe.slots_per_expert} slots in {layers} blocks" if layers else "no experts"
     layout = f"expert axis {topology.ep.size()}, {config.parallel.sharding}"
+    if isinstance(config.engine, DeepSpeedConfig):
+        layout = f"expert axis {topology.ep.size()}, DeepSpeed ZeRO {config.engine.zero_stage}"
+        if config.engine.zero_stage == 2 and config.micro_batches > 1:
+            layout += ", gradients summed at every micro-batch"
     ranks = "1 process" if topology.size == 1 else f"{topology.size} processes, {layout}"
     return f"{parameters:,} parameters, {experts}; {ranks}; {engine.device.type}, {config.precision}"
 

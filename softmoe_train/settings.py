@@ -12,23 +12,28 @@ from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, check_data
+from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
 from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import ModelConfig
 from softmoe_train.observe.log import ObserveConfig
 from softmoe_train.observe.redact import without_secrets
+from softmoe_train.optim.average import AverageConfig
 from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
-from softmoe_train.parallel.topology import ParallelConfig, expert_axis_problems
+from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems
 
 Positive = Annotated[int, Field(ge=1)]
 
 
-class EngineConfig(Record):
-    """Which engine holds the weights."""
+class TorchEngineConfig(Record):
+    """Plain PyTorch: replicated or FSDP2 weights."""
 
     kind: Literal["torch"]
+
+
+EngineConfig = Annotated[TorchEngineConfig | DeepSpeedConfig, Field(discriminator="kind")]
 
 
 class EvalsConfig(Record):
@@ -50,11 +55,13 @@ class RunConfig(Record):
     processes: Positive  # local workers to start; under torchrun or srun the launcher decides
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["float32", "bfloat16"]  # of gathered weights and activations; stored weights are float32
+    compile: bool  # each block by torch.compile: minutes at the start, fewer kernels after
     loss: LossKind
     allow_changes: bool  # continue a run although settings that shape its trajectory have changed
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
+    average: AverageConfig | None
     schedule: ScheduleConfig
     parallel: ParallelConfig
     engine: EngineConfig
@@ -81,16 +88,21 @@ class RunConfig(Record):
         return without_secrets(self.model_dump())
 
 
-# What a continued run may change freely: where and how it computes, what it reports. All else shapes the numbers.
+# What a continued run may change freely: where and how it computes, what it reports. All else shapes the numbers, and so does
+# the one of `parallel` that rounds.
+SHAPING = {"parallel.exchange_dtype"}
 FREE = {
-    "name", "run_dir", "stop_after", "micro_batches", "processes", "device", "allow_changes", "parallel", "engine",
+    "name", "run_dir", "stop_after", "micro_batches", "processes", "device", "compile", "allow_changes", "parallel", "engine",
     "checkpoint", "observe", "evals", "data.train", "data.test", "data.workers", "data.prefetch", "data.max_broken",
 }  # fmt: skip
 
 
-def check(config: RunConfig, size: int) -> list[str]:
-    """Every mistake in the combination of settings for a run on `size` ranks; looks at files but starts nothing."""
-    problems = expert_axis_problems(config.parallel, num_experts=config.model.num_experts, size=size)
+def check(config: RunConfig, size: int, local_size: int) -> list[str]:
+    """Every mistake in the combination of settings for a run on `size` ranks, `local_size` of them on a host.
+
+    Looks at files but starts nothing.
+    """
+    problems = compute_problems(config, size, local_size)
     problems += schedule_problems(config.schedule, config.steps)
     problems += check_data(
         config.data,
@@ -99,15 +111,45 @@ def check(config: RunConfig, size: int) -> list[str]:
         world=size,
         needs_test=config.evals.upstream is not None,
     )
+    return problems + (_folder_problems(config) or _resume_problems(config))
+
+
+def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]:
+    """The mistakes that have nothing to do with files: layout, micro-batches, device, engine."""
+    experts = config.model.num_experts
+    problems = layout_problems(config.parallel, num_experts=experts, size=size, local_size=local_size)
     if config.batch_size % size == 0 and config.batch_size // size % config.micro_batches:
         problems.append(
             f"micro_batches={config.micro_batches} does not divide the {config.batch_size // size} images that each of {size} "
             f"ranks has of batch_size={config.batch_size}; use a divisor, or a batch_size that is a multiple of "
             f"{size * config.micro_batches}"
         )
+    elif config.batch_size % size == 0 and not problems:
+        images = config.batch_size // (size * config.micro_batches)
+        problems += chunk_problems(config.parallel, num_experts=experts, size=size, images=images)
+    if config.parallel.recompute == "moe" and not config.model.has_experts:
+        problems.append(
+            "parallel.recompute=moe: no block of this model holds experts (model.moe.blocks); use none or block"
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda, but torch sees no CUDA device here; use device=cpu or auto")
-    return problems + (_folder_problems(config) or _resume_problems(config))
+    if isinstance(config.engine, DeepSpeedConfig):
+        problems += deepspeed_problems(decided(config, config.engine, size))
+    return problems
+
+
+def decided(config: RunConfig, engine: DeepSpeedConfig, size: int) -> Decided:
+    """What the settings of a run on `size` ranks decide of DeepSpeed's own."""
+    return Decided(
+        engine=engine,
+        optim=config.optim,
+        schedule=config.schedule,
+        parallel=config.parallel,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
+        size=size,
+    )
 
 
 def _folder_problems(config: RunConfig) -> list[str]:
@@ -141,19 +183,24 @@ def _resume_problems(config: RunConfig) -> list[str]:
             f"steps={config.steps}: run_dir={config.run_dir} is at step {step_of(complete[-1])} already; give more steps or "
             f"another run_dir"
         )
-    then, now = _flat(saved), _flat(config.as_saved())
-    free = tuple(f"{key}." for key in FREE)
-    changed = [
-        f"{key}={now.get(key)} (was {then.get(key)})"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key) and key not in FREE and not key.startswith(free)
-    ]
+    changed = changed_settings(saved, config.as_saved())
     if changed and not config.allow_changes:
         problems.append(
             f"run_dir={config.run_dir} holds a run with other settings: {', '.join(changed)}; give another run_dir, the same "
             f"settings, or allow_changes=true to continue it with these"
         )
     return problems
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that shape a run's numbers and differ between two saved configurations, each with both values."""
+    old, new = _flat(saved), _flat(now)
+    free = tuple(f"{key}." for key in FREE)
+    return [
+        f"{key}={new.get(key)} (was {old.get(key)})"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and (key in SHAPING or (key not in FREE and not key.startswith(free)))
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_train.config import compose
+from softmoe_train.bench.settings import InferSettings, LayerSettings
+from softmoe_train.commands.bench import MEASURES
+from softmoe_train.config import compose, compose_own
+from softmoe_train.parity.session import ParityConfig
 from softmoe_train.settings import RunConfig
 from tests.runs import ROOT, environment
 
@@ -31,6 +34,25 @@ def test_the_documentation_has_commands() -> None:
 def test_a_documented_command_composes(line: str) -> None:
     overrides = [word for word in shlex.split(line.split("softmoe train", 1)[1]) if word != "..."]
     compose(RunConfig, overrides, lambda _: [])
+
+
+def lines_of(verb: str) -> list[list[str]]:
+    """The overrides of the documented commands of another verb."""
+    text = TEXTS[0].read_text()
+    return [shlex.split(line) for line in re.findall(rf"^    .*\bsoftmoe {verb} (.*)$", text, flags=re.MULTILINE)]
+
+
+def test_documented_proofs_and_measurements_compose() -> None:
+    proofs, measurements = lines_of("parity"), lines_of("bench")
+    assert len(proofs) >= 3
+    assert {words[0] for words in measurements} == set(MEASURES)
+    for words in [*proofs, *(words[1:] for words in measurements if words[0] != "layer")]:
+        own = (*ParityConfig.model_fields, *InferSettings.model_fields)
+        compose(RunConfig, [word for word in words if word.partition("=")[0] not in own], lambda _: [])
+    (layer,) = (words[1:] for words in measurements if words[0] == "layer")
+    settings, problems = compose_own(LayerSettings, "bench_layer.yaml", layer)
+    assert settings is not None
+    assert problems == []
 
 
 def test_rows_of_the_table_of_changes_compose() -> None:

@@ -4,15 +4,29 @@ import argparse
 import sys
 
 import softmoe_train
+from softmoe_train.commands.bench import MEASURES, bench
+from softmoe_train.commands.parity import parity
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
 
 EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2 run_dir=runs/mine
 `softmoe train recipe=debug` needs no data; `softmoe train --cfg job` prints every key with its value"""
+BENCH_EPILOG = """measures: {measures}
+
+each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; infer, step and exchange also take those of
+a run (model=, precision=, device=, processes=, parallel.expert_axis= ...)
+  softmoe bench layer cases=128x1,32x4 images=32 dtype=float32 out=layer.json picture=layer.png
+  softmoe bench infer model=soft_s16_128e images=1,32
+  softmoe bench step recipe=debug processes=2
+  softmoe bench exchange recipe=debug processes=2 images=8,64"""
+
+PARITY_EPILOG = """any overrides of a run, and out=FILE.json (for programs) and reference=same (one process in float32, not float64)
+  softmoe parity recipe=quickstart shrink=laptop processes=2 parallel.expert_axis=2
+  torchrun --nproc-per-node 8 --no-python softmoe parity model=soft_b16_128e batch_size=64 parallel.sharding=fsdp"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 a wrong setting, 3 a run that stopped itself, 130 interrupted."""
+    """Run one verb; returns the exit code: 0 done, 1 a proof that fails, 2 a wrong setting, 3 a run that stopped itself, 130 interrupted."""
     parser = argparse.ArgumentParser("softmoe", description=softmoe_train.__doc__)
     parser.add_argument("--version", action="version", version=f"softmoe_train {softmoe_train.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -24,9 +38,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     verb.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
     verb.add_argument("overrides", nargs="*", help="key=value")
+    proof = verbs.add_parser(
+        "parity",
+        help="prove that this layout computes what one process computes; needs no data",
+        epilog=PARITY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    proof.add_argument("overrides", nargs="*", help="key=value")
+    told = "".join(f"\n  {name:<9} {text}" for name, text in MEASURES.items())
+    measure = verbs.add_parser(
+        "bench",
+        help="measure against a floor taken in the same minute: layer, infer, step, exchange",
+        epilog=BENCH_EPILOG.format(measures=told),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    measure.add_argument("what", choices=list(MEASURES), help="what to measure")
+    measure.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args(arguments)
     try:
-        return train(options.overrides, print_only=options.cfg is not None)
+        match options.verb:
+            case "bench":
+                return bench(options.what, options.overrides)
+            case "parity":
+                return parity(options.overrides)
+            case _:
+                return train(options.overrides, print_only=options.cfg is not None)
     except ConfigError as error:
         print(f"softmoe {options.verb}: {error}", file=sys.stderr)
         return 2

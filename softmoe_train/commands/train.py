@@ -4,74 +4,44 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.folder import step_folders, step_of
-from softmoe_train.config import ConfigError, as_yaml, compose
-from softmoe_train.dist import World, world_of
-from softmoe_train.launching.environment import adopt_environment, under_launcher
-from softmoe_train.launching.local import TOLD_CODES, launch_local
-from softmoe_train.launching.worker import run_worker
+from softmoe_train.commands.workers import Verb, as_worker, ranks, run_verb, under_a_launcher
+from softmoe_train.config import as_yaml, compose
+from softmoe_train.dist import World
+from softmoe_train.launching.local import TOLD_CODES
 from softmoe_train.loop import NonFiniteLossError
 from softmoe_train.run import train as train_rank
 from softmoe_train.settings import RunConfig, check
 
-GRACE_SECONDS = 5  # what workers get to end after Ctrl-C; they save nothing then
-
 
 def train(overrides: list[str], *, print_only: bool) -> int:
     """Compose and check the configuration, then train with it; raises ConfigError before anything is started."""
-    try:
-        launched = under_launcher(os.environ)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
-    if launched:
-        adopt_environment(os.environ)
-        return run_worker(lambda: _work(overrides, print_only))
     if print_only:
+        if under_a_launcher():
+            return as_worker("train", lambda world: _print(overrides) if world.main else 0)
         return _print(overrides)
-    config = compose(RunConfig, overrides, lambda c: check(c, c.processes))
-    if config.processes > 1:
-        command = [sys.executable, "-m", "softmoe_train", "train", *overrides]
-        code = launch_local(config.processes, command, grace_seconds=GRACE_SECONDS)
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            print(_interrupted(config), file=sys.stderr)
-        return code
-    try:
-        return _train(config, overrides)
-    except KeyboardInterrupt:
-        print(_interrupted(config), file=sys.stderr)
-        return 128 + signal.SIGINT
+    verb = Verb(
+        "train",
+        compose=lambda world: compose(RunConfig, overrides, lambda c: check(c, *ranks(world, c))),
+        work=lambda config, world: _train(config, overrides, world),
+        interrupted=_interrupted,
+    )
+    return run_verb(verb, overrides)
 
 
 def _interrupted(config: RunConfig) -> str:
     """What an interruption cost, and how to go on."""
     complete = step_folders(config.folder / "checkpoints", complete=True)
     if not complete:
-        return (
-            f"softmoe train: interrupted before the first checkpoint of {config.folder}; the same command starts over"
-        )
-    return f"softmoe train: interrupted; the same command goes on from step {step_of(complete[-1])} of {config.folder}"
+        return f"interrupted before the first checkpoint of {config.folder}; the same command starts over"
+    return f"interrupted; the same command goes on from step {step_of(complete[-1])} of {config.folder}"
 
 
-def _work(overrides: list[str], print_only: bool) -> int:
-    """One rank of several, whoever started it."""
-    world = world_of(os.environ)
-    try:
-        if print_only:
-            return _print(overrides) if world.main else 0
-        return _train(compose(RunConfig, overrides, lambda c: check(c, world.size)), overrides)
-    except ConfigError as error:
-        if world.main:  # all ranks find the same
-            print(f"softmoe train: {error}", file=sys.stderr, flush=True)
-        return TOLD_CODES[0]
-
-
-def _train(config: RunConfig, overrides: list[str]) -> int:
-    world = world_of(os.environ)
+def _train(config: RunConfig, overrides: list[str], world: World) -> int:
     try:
         reason = train_rank(config, world)
     except (CheckpointError, NonFiniteLossError) as error:
@@ -98,7 +68,9 @@ def closing(config: RunConfig, reason: str, overrides: list[str], world: World) 
     hint = "" if world.size == world.local_size else "   (under the same launcher)"
     lines = [f"{reason} at step {summary['steps']} of {config.steps}, {summary['images_seen']} images seen"]
     if "upstream/test/top1" in summary["metrics"]:
-        lines.append(f"held-out top-1  {summary['metrics']['upstream/test/top1']:.4f}")
+        averaged = summary["metrics"].get("upstream_average/test/top1")
+        beside = "" if averaged is None else f"   (averaged weights {averaged:.4f})"
+        lines.append(f"held-out top-1  {summary['metrics']['upstream/test/top1']:.4f}{beside}")
     lines += [f"run folder      {config.folder}", f"to resume       {_program()} train {shlex.join(again)}{hint}"]
     return "\n".join(lines)
 

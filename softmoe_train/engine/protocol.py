@@ -1,5 +1,6 @@
 """This file owns what the loop may ask of an engine."""
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,8 +26,16 @@ class Engine(Protocol):
         """Add the gradients of one micro-batch; returns this rank's share of the mean loss, float32, detached."""
         ...
 
+    def gradients(self) -> dict[str, Tensor]:
+        """After the last `forward_backward` and before `update`: the summed gradients of the global batch by name, unclipped."""
+        ...
+
     def update(self, lr: float) -> GradStats:
         """Reduce, clip, step, and forget the gradients."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the module computes with the moving average of the weights; only where averaging is switched on."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -34,5 +43,5 @@ class Engine(Protocol):
         ...
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what was read into the tensors of `state_dict()`."""
+        """Take over what was read into the tensors of `state_dict()`; without any of `average.`, the average starts from the weights."""
         ...

@@ -1,69 +1,92 @@
-"""This file owns the native engine: replicated or FSDP2 weights, experts over `ep`, a fused local optimizer.
+"""This file owns the native engine: replicated or FSDP2 weights, experts over `ep`, an optimizer of local tensors.
 
-The optimizer works on each rank's local tensors: every kind is elementwise, so meshes and placements do not concern it.
+The optimizer works on what each rank holds: meshes and placements concern it only through `DimSums`.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from softmoe_train.data.batch import Batch
-from softmoe_train.dist import local_offsets, local_values
+from softmoe_train.dist import laid_out_as, local_offsets, local_values
 from softmoe_train.engine.protocol import GradStats
 from softmoe_train.model.init import LocalPart, initialize
 from softmoe_train.model.loss import LossKind, classification_loss
 from softmoe_train.model.vit import ViT
-from softmoe_train.optim.build import OptimConfig, build_optimizer, state_keys
+from softmoe_train.optim.average import AverageConfig, WeightAverage
+from softmoe_train.optim.build import OptimConfig, build_optimizer, state_layout
+from softmoe_train.parallel.compile import compile_blocks
+from softmoe_train.parallel.dim_sums import DimSums, laid_out_without
+from softmoe_train.parallel.exchange import build_exchange
 from softmoe_train.parallel.experts import shard_experts
 from softmoe_train.parallel.fsdp import shard_fully
-from softmoe_train.parallel.grads import clip_, copies_of, grad_norm, reduce_gradients
-from softmoe_train.parallel.topology import ParallelConfig, Topology
+from softmoe_train.parallel.grads import GradReducer, clip_, copies_of, grad_norm
+from softmoe_train.parallel.layout import ParallelConfig
+from softmoe_train.parallel.recompute import recompute
+from softmoe_train.parallel.topology import Topology
 
 
 class TorchEngine:
     """The `Engine` of plain PyTorch. Build it with `build_torch_engine`."""
 
-    def __init__(self, module: ViT, optim: OptimConfig, topology: Topology, loss: LossKind, global_batch: int) -> None:
+    def __init__(
+        self,
+        module: ViT,
+        optim: OptimConfig,
+        average: AverageConfig | None,
+        parallel: ParallelConfig,
+        topology: Topology,
+        loss: LossKind,
+        global_batch: int,
+    ) -> None:
         self.module: nn.Module = module
         self.device = next(module.parameters()).device
+        self.parallel = parallel
         self.topology = topology
         self.optim = optim
         self.loss: LossKind = loss
         self.global_batch = global_batch
         self.parameters = dict(module.named_parameters())
         self.local = {name: local_values(p) for name, p in self.parameters.items()}
+        self.reducer = GradReducer(self.parameters.values(), topology)
         self.copies = copies_of(list(self.parameters.values()), topology.size)
-        self.optimizer = build_optimizer(optim, self.local)
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        self.optimizer = build_optimizer(optim, self.local, shapes, DimSums(self.parameters))
+        self.average = WeightAverage(average, self.local) if average is not None else None
 
     def forward_backward(self, batch: Batch, *, last: bool) -> Tensor:
-        """Add the gradients of one micro-batch; sharded units reduce theirs under the backward of the last one.
+        """Add the gradients of one micro-batch; they are summed over ranks under the backward of the last one.
 
+        With `reduce_each_micro` sharded units sum theirs within the ranks of a copy after every one.
         Returns this rank's sum of losses over the global batch: the sum over ranks and micro-batches is the mean loss.
         """
         if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
+            self.module.set_requires_gradient_sync(last or self.parallel.reduce_each_micro)
+            self.module.set_requires_all_reduce(last)
+        if last:
+            self.reducer.arm()
         logits = self.module(batch.images)
         loss = classification_loss(logits, batch.labels, self.loss).sum() / self.global_batch
         loss.backward()
         return loss.detach()
 
-    def reduce(self) -> dict[str, Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """The gradients of the global batch by name, laid out as their parameters, and not yet clipped."""
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         assert not missing, f"no gradient for {', '.join(missing)}"
-        reduce_gradients(self.parameters.values(), self.topology)
+        self.reducer.finish()
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     @torch.no_grad()
     def update(self, lr: float) -> GradStats:
         """Reduce, clip by the global norm, step. A non-finite norm makes it a no-op, decided on the device."""
-        gradients = self.reduce()
+        gradients = self.gradients()
         norm = grad_norm(list(gradients.values()), self.copies)
         skipped = (~norm.isfinite()).float()
-        for name, local in self.local.items():
-            # FSDP2 may move a shard to a padded buffer at the first forward: bind to where it lies now.
-            local.data = local_values(self.parameters[name])
+        for name, local in self._bound().items():
             local.grad = local_values(gradients[name])
         clip_([local.grad for local in self.local.values() if local.grad is not None], norm, self.optim.clip_norm)
         for group in self.optimizer.param_groups:
@@ -72,57 +95,86 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.module.zero_grad()
+        if self.average is not None:
+            self.average.update(self.local, skipped)
         return GradStats(norm, skipped)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the module computes with the averaged weights; no training there. Needs averaging switched on."""
+        assert self.average is not None
+        self.average.swap(self._bound())
+        self._forget_gathered()
+        try:
+            yield
+        finally:
+            self.average.swap(self._bound())  # bound anew: the first forward may be one of these
+            self._forget_gathered()
+
     def state_dict(self) -> dict[str, Tensor]:
-        """`model.<name>`, `optimizer.<key>.<name>` and `optimizer.updates`, each with its global shape."""
+        """`model.<name>`, `optimizer.<key>.<name>`, `optimizer.updates`, and the same of `average`, each with its global shape."""
         tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
-        for key in state_keys(self.optim):
-            for name, p in self.parameters.items():
-                tensors[f"optimizer.{key}.{name}"] = _laid_out_as(self.optimizer.state[self.local[name]][key], p)
+        for name, p in self.parameters.items():
+            state = self.optimizer.state[self.local[name]]
+            for key, lacks in state_layout(self.optim, name, p.shape).items():
+                placed = laid_out_as(state[key], p) if lacks is None else laid_out_without(state[key], p, lacks)
+                tensors[f"optimizer.{key}.{name}"] = placed
         if self.optim.kind != "sgd":
             tensors["optimizer.updates"] = self._steps()[0].reshape(1).clone()
+        if self.average is not None:
+            placed = {name: laid_out_as(self.average.values[name], p) for name, p in self.parameters.items()}
+            tensors |= {f"average.{name}": value for name, value in placed.items()}
+            tensors["average.updates"] = self.average.updates
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The tensors of `state_dict()` share our storage; only the count of updates is kept once per parameter."""
+        """The tensors of `state_dict()` share our storage; only the count of updates is kept once per parameter.
+
+        Without those of the average, it starts anew from the weights.
+        """
         if self.optim.kind != "sgd":
             for step in self._steps():
                 step.copy_(tensors["optimizer.updates"][0])
+        if self.average is not None and "average.updates" not in tensors:
+            self.average.restart(self._bound())
+
+    def _bound(self) -> dict[str, Tensor]:
+        """The local weights where they lie now: FSDP2 may move a shard to a padded buffer at the first forward."""
+        for name, local in self.local.items():
+            local.data = local_values(self.parameters[name])
+        return self.local
+
+    def _forget_gathered(self) -> None:
+        # FSDP2 keeps its root gathered after a forward without a backward: the next would compute with weights of before.
+        for unit in self.module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     def _steps(self) -> list[Tensor]:
         return [self.optimizer.state[local]["step"] for local in self.local.values()]
-
-
-def _laid_out_as(local: Tensor, parameter: Tensor) -> Tensor:
-    """A local tensor as the shard of a global one, placed as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 def build_torch_engine(
     model: ViT,
     *,
     optim: OptimConfig,
+    average: AverageConfig | None,
     parallel: ParallelConfig,
     topology: Topology,
+    compiled: bool,
     loss: LossKind,
     global_batch: int,
     seed: int,
     device: torch.device,
 ) -> TorchEngine:
-    """Shard experts, shard the rest, materialise, initialise, optimizer: in that order, on a model of the meta device."""
-    shard_experts(model, topology.ep)
-    if parallel.sharding == "fsdp":
-        shard_fully(model, topology, model.dtype)
+    """Shard experts, compile, recompute, shard the rest, materialise, initialise, optimizer: in that order, on a model of the
+    meta device."""
+    shard_experts(model, topology.ep, build_exchange(parallel, topology))
+    if compiled:
+        compile_blocks(model, whole=topology.experts is None and parallel.recompute != "moe")
+    recompute(model, parallel.recompute)
+    if topology.dense is not None:
+        shard_fully(model, topology, model.dtype, prefetch=parallel.prefetch)
     model.to_empty(device=device)
     initialize(model, seed, lambda p: LocalPart(local_values(p), local_offsets(p)))
-    return TorchEngine(model, optim, topology, loss, global_batch)
+    return TorchEngine(model, optim, average, parallel, topology, loss, global_batch)

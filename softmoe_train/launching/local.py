@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,12 +22,13 @@ SURVIVOR_SECONDS = 3  # what the ranks beside a failed one get after SIGTERM: th
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch_local(processes: int, command: list[str], *, grace_seconds: int) -> int:
+def launch_local(processes: int, command: list[str], *, grace_seconds: int, told: Collection[int] = TOLD_CODES) -> int:
     """Run `command` in `processes` local workers with torchrun's environment, and return the exit code of the whole.
 
     A worker's main belongs in `run_worker`. 0 when all ended well; when one fails the others are ended within seconds,
     its traceback is printed last, and its exit code returned (128 + n for signal n). SIGINT and SIGTERM go on to the
-    process groups of all workers, which are killed `grace_seconds` later if they still run; the code is 130 or 143.
+    process groups of all workers, which are killed `grace_seconds` later if they still run; the code is 130 or 143. Of a
+    worker that ends with a code of `told` without raising, nothing more is said.
     Must be called from the main thread: the workers die with it, and signals arrive there.
     """
     with ExitStack() as stack:
@@ -51,7 +52,7 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int) -> i
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
-            return report_failure(error.failures)
+            return report_failure(error.failures, told)
         except SignalException as error:
             return 128 + error.sigval
         except KeyboardInterrupt:  # before the agent had its handlers
@@ -59,17 +60,19 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int) -> i
         return 0
 
 
-def report_failure(failures: dict[int, ProcessFailure]) -> int:
+def report_failure(failures: dict[int, ProcessFailure], told: Collection[int] = TOLD_CODES) -> int:
     """Print the first failure last, the others in a line each before it, and return the exit code of the first."""
     root, *others = sorted(failures, key=lambda rank: moment_of(failures[rank]))
-    if failures[root].exitcode in TOLD_CODES:
+    trace = traceback_of(failures[root])
+    if failures[root].exitcode in told and not trace:
         return failures[root].exitcode
     for rank in others:
         if failures[rank].exitcode != -signal.SIGTERM:  # that is how the agent ends the survivors
             print(f"rank {rank} then {ending_of(failures[rank])}", file=sys.stderr)
-    trace = traceback_of(failures[root])  # its last line says what was raised
-    told = f":\n{trace.rstrip()}" if trace else f": it {ending_of(failures[root])}"
-    print(f"rank {root} failed first{told}", file=sys.stderr, flush=True)
+    ending = (
+        f":\n{trace.rstrip()}" if trace else f": it {ending_of(failures[root])}"
+    )  # its last line says what was raised
+    print(f"rank {root} failed first{ending}", file=sys.stderr, flush=True)
     code = failures[root].exitcode
     return code if code > 0 else 128 - code
 

@@ -85,7 +85,7 @@ def initialize(model: nn.Module, seed: int, part_of: Callable[[Tensor], LocalPar
         rules = _rules_of(module)
         for name, parameter in module.named_parameters(recurse=False):
             if name in rules:
-                _fill(part_of(parameter), tuple(parameter.shape), rules[name], seed, f"{prefix}.{name}".lstrip("."))
+                fill_part(part_of(parameter), tuple(parameter.shape), rules[name], seed, f"{prefix}.{name}".lstrip("."))
     missed = untouched(model, part_of)
     if missed:
         raise RuntimeError(
@@ -104,7 +104,8 @@ def _rules_of(module: object) -> dict[str, InitRule]:
 
 
 @torch.no_grad()
-def _fill(part: LocalPart, shape: tuple[int, ...], rule: InitRule, seed: int, name: str) -> None:
+def fill_part(part: LocalPart, shape: tuple[int, ...], rule: InitRule, seed: int, name: str) -> None:
+    """Write this rank's part of a tensor of `shape`, as the rule, the seed and the global `name` give it."""
     if part.values.numel() == 0:
         return
     if rule.experts == "none":

@@ -5,16 +5,18 @@ R expert ranks  e = E / R local experts  N = R·G·S rows of one expert
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from softmoe_train.config import Record
+from softmoe_train.model.expert_mlp import expert_mlp
 from softmoe_train.model.init import InitRule, normal, xavier_uniform
+from softmoe_train.model.products import mix
 from softmoe_train.model.routing import SoftRouter
 
 
@@ -30,11 +32,11 @@ class MoEConfig(Record):
 
 @runtime_checkable
 class SlotExchange(Protocol):
-    """Carries every slot to the rank of its expert and back; `local` gives the experts' weights that lie here."""
+    """Carries every slot through its expert, wherever that lies, and back; `local` gives the experts' weights of this rank."""
 
-    def dispatch(self, slots: Float[Tensor, "G E S D"]) -> Float[Tensor, "e N D"]: ...
-
-    def combine(self, outputs: Float[Tensor, "e N D"], num_groups: int) -> Float[Tensor, "G E S D"]: ...
+    def through(
+        self, slots: Float[Tensor, "G E S D"], compute: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "G E S D"]: ...
 
     def local(self, weight: Tensor) -> Tensor: ...
 
@@ -42,15 +44,11 @@ class SlotExchange(Protocol):
 class LocalExchange:
     """The exchange of one process: R = 1, every expert is here."""
 
-    def dispatch(self, slots: Float[Tensor, "G E S D"]) -> Float[Tensor, "E N D"]:
-        """Order the slots by expert: N = G·S rows each."""
+    def through(self, slots: Float[Tensor, "G E S D"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "G E S D"]:
+        """Order the slots by expert, N = G·S rows each, apply `compute` ("E N D" to "E N D"), and order them back."""
         G, E, S, D = slots.shape
-        return slots.transpose(0, 1).reshape(E, G * S, D)
-
-    def combine(self, outputs: Float[Tensor, "E N D"], num_groups: int) -> Float[Tensor, "G E S D"]:
-        """The inverse of `dispatch`."""
-        E, _, D = outputs.shape
-        return outputs.view(E, num_groups, -1, D).transpose(0, 1)
+        outputs = compute(slots.transpose(0, 1).reshape(E, G * S, D))
+        return outputs.view(E, G, S, D).transpose(0, 1)
 
     def local(self, weight: Tensor) -> Tensor:
         """All of it."""
@@ -77,11 +75,10 @@ class Experts(nn.Module):
             for name, fill in (("w1", kernel), ("b1", bias), ("w2", kernel), ("b2", bias))
         }
 
-    def forward(self, x: Float[Tensor, "e N D"], exchange: SlotExchange) -> Float[Tensor, "e N D"]:
-        """Apply local expert i to rows x[i]; computes in the dtype of x."""
-        w1, b1, w2, b2 = (exchange.local(p).to(x.dtype) for p in (self.w1, self.b1, self.w2, self.b2))
-        hidden = F.gelu(torch.baddbmm(b1.unsqueeze(1), x, w1), approximate="tanh")
-        return torch.baddbmm(b2.unsqueeze(1), hidden, w2)
+    def forward(self, slots: Float[Tensor, "G E S D"], exchange: SlotExchange) -> Float[Tensor, "G E S D"]:
+        """Send every slot through its expert and back; computes in the dtype of the slots."""
+        w1, b1, w2, b2 = (exchange.local(p) for p in (self.w1, self.b1, self.w2, self.b2))
+        return exchange.through(slots, lambda x: expert_mlp(x, w1, b1, w2, b2))
 
 
 class MoE(nn.Module):
@@ -96,9 +93,8 @@ class MoE(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Each image is one routing group: G = B."""
         routing = self.router(x)
-        outputs = self.experts(self.exchange.dispatch(routing.slots), self.exchange)
-        slots = self.exchange.combine(outputs, num_groups=x.shape[0])
-        return torch.einsum("GTES,GESD->GTD", routing.combine.to(x.dtype), slots)
+        outputs = self.experts(routing.slots, self.exchange)
+        return mix(routing.combine.flatten(2), outputs.flatten(1, 2))
 
 
 def moe_blocks(blocks: str | list[int], depth: int) -> list[int]:

@@ -3,13 +3,14 @@
 G routing groups (for Soft MoE: one image each)  T tokens  D width  E experts  S slots per expert
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from softmoe_train.model.init import InitRule, lecun_normal, ones
+from softmoe_train.model.products import differentiate_once, mix
 
 # Inside the root, as the released code has it; Algorithm 2 adds it outside (paper.md 1.2).
 UNIT_EPS = 1e-6
@@ -42,24 +43,77 @@ class SoftRouter(nn.Module):
 
     def logits(self, x: Float[Tensor, "G T D"]) -> Float[Tensor, "G T E S"]:
         """scale · <x / |x|, phi / |phi|>, in float32 or wider."""
+        self._check_dtype()
+        with torch.autocast(x.device.type, enabled=False):
+            return _logits(_widened(x, self.phi), self.phi, self.scale)
+
+    def forward(self, x: Float[Tensor, "G T D"]) -> Routing:
+        """Fill the slots of each group with means of its raw (not normalised) tokens."""
+        self._check_dtype()
+        weightings = _SoftWeights.apply(x, self.phi, self.scale)
+        assert isinstance(weightings, tuple)
+        dispatch, combine = weightings
+        slots = mix(dispatch.flatten(2).mT, x)
+        return Routing(slots.unflatten(1, dispatch.shape[2:]), dispatch, combine)
+
+    def _check_dtype(self) -> None:
         if self.phi.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"the router's parameters arrived as {self.phi.dtype}; they must stay float32 under every engine"
             )
-        wide = x.to(torch.promote_types(x.dtype, self.phi.dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            phi = self.scale * unit(self.phi, dim=0)
-            return torch.einsum("GTD,DES->GTES", unit(wide, dim=-1), phi)
 
-    def forward(self, x: Float[Tensor, "G T D"]) -> Routing:
-        """Fill the slots of each group with means of its raw (not normalised) tokens."""
-        logits = self.logits(x)
+
+class _SoftWeights(torch.autograd.Function):
+    """Both softmaxes of the logits. Keeps the tokens as they came and the weightings; recomputes lengths and unit vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, phi: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            logits = _logits(_widened(x, phi), phi, scale)
         dispatch = logits.softmax(dim=1)
         combine = logits.flatten(2).softmax(dim=-1).view_as(logits)
-        slots = torch.einsum("GTES,GTD->GESD", dispatch.to(x.dtype), x)
-        return Routing(slots, dispatch, combine)
+        ctx.save_for_backward(x, phi, scale, dispatch, combine)
+        return dispatch, combine
+
+    @staticmethod
+    def backward(ctx: Any, d_dispatch: Tensor, d_combine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        differentiate_once()
+        x, phi, scale, dispatch, combine = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            d_logits = _softmax_backward(d_dispatch, dispatch, 1) + _softmax_backward(
+                d_combine.flatten(2), combine.flatten(2), 2
+            ).view_as(dispatch)
+            d_wide, d_phi, d_scale = _logits_backward(d_logits, _widened(x, phi), phi, scale)
+        return d_wide.to(x.dtype), d_phi, d_scale
 
 
-def unit(x: Tensor, dim: int) -> Tensor:
-    """Scale to length one over `dim`."""
-    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + UNIT_EPS)
+def _widened(x: Tensor, phi: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, phi.dtype))
+
+
+def _softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+    return torch._softmax_backward_data(grad, output, dim, output.dtype)
+
+
+def _inverse_length(x: Tensor, dim: int) -> Tensor:
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=dim, keepdim=True).square() + UNIT_EPS)
+
+
+def _logits(x: Tensor, phi: Tensor, scale: Tensor) -> Tensor:
+    # 1 / |x| scales the products: cheaper than scaling the tokens, which are wider.
+    unit_phi = phi * _inverse_length(phi, 0)
+    return (x.flatten(0, 1) @ (scale * unit_phi).flatten(1)).view(*x.shape[:2], *phi.shape[1:]) * _inverse_length(
+        x, -1
+    ).unsqueeze(-1)
+
+
+def _logits_backward(grad: Tensor, x: Tensor, phi: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With u = v / |v|: the gradient of v is that of u, less its part along u, divided by |v|."""
+    inverse_x, inverse_phi = _inverse_length(x, -1), _inverse_length(phi, 0)
+    unit_phi = phi * inverse_phi
+    g = (grad * inverse_x.unsqueeze(-1)).flatten(2).flatten(0, 1)
+    d_x = (g @ (scale * unit_phi).flatten(1).mT).view_as(x)
+    d_x = torch.addcmul(d_x, x, inverse_x.square() * torch.linalg.vecdot(x, d_x).unsqueeze(-1), value=-1)
+    d_scaled = (x.flatten(0, 1).mT @ g).view_as(phi)
+    along = (d_scaled * unit_phi).sum(0, keepdim=True)
+    return d_x, scale * inverse_phi * (d_scaled - unit_phi * along), along.sum().view_as(scale)

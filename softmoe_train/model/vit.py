@@ -52,9 +52,14 @@ class ModelConfig(Record):
         return self
 
     @property
+    def has_experts(self) -> bool:
+        """Whether any block holds experts."""
+        return bool(moe_blocks(self.moe.blocks, self.depth))
+
+    @property
     def num_experts(self) -> int:
         """E, or 1 where no block holds experts."""
-        return self.moe.num_experts if moe_blocks(self.moe.blocks, self.depth) else 1
+        return self.moe.num_experts if self.has_experts else 1
 
     @property
     def num_tokens(self) -> int:

@@ -11,13 +11,7 @@ import rich.console
 import rich.progress
 
 ProgressKind = Literal["auto", "bar", "plain", "off"]
-SHOWN = (
-    "train/",
-    "upstream/",
-    "fewshot/",
-    "finetune/",
-    "zeroshot/",
-)  # the rest is in metrics.jsonl: too many for a line
+SHOWN = ("train", "upstream", "fewshot", "finetune", "zeroshot")  # the rest is in metrics.jsonl: too many for a line
 
 
 def format_value(value: float) -> str:
@@ -36,7 +30,7 @@ def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta
     """One line such as `step  20/660  loss 1.2340  top1 0.3100  1,234 images/s  eta 0:00:12`."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, value in metrics.items():
-        if name.startswith(SHOWN):
+        if name.partition("/")[0].removesuffix("_average") in SHOWN:
             parts.append(f"{name.removeprefix('train/')} {format_value(value):<7}".rstrip())
     rate = metrics.get("perf/images_per_second")
     if rate is not None:

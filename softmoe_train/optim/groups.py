@@ -1,4 +1,4 @@
-"""This file owns which parameters decay, and by how much."""
+"""This file owns what a parameter's name says to an optimizer: whether it decays, by how much, and which dim counts experts."""
 
 import re
 from collections.abc import Iterable
@@ -47,3 +47,10 @@ def decay_groups(names: Iterable[str]) -> dict[str, list[str]]:
     if unknown:
         raise ValueError(f"no weight-decay rule for: {', '.join(unknown)}; add one to optim/groups.py")
     return groups
+
+
+def expert_dim(name: str) -> int | None:
+    """The dim of a parameter that counts experts, None where it has none; its slices are tensors of their own."""
+    if re.fullmatch(r"blocks\.\d+\.moe\.experts\.[wb][12]", name):
+        return 0
+    return 1 if re.fullmatch(r"blocks\.\d+\.moe\.router\.phi", name) else None

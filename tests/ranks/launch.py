@@ -24,13 +24,15 @@ class RankFailedError(Exception):
     """A rank raised, died or took too long; the message holds the traceback of the first that did."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 400) -> list[Any]:
     """Run `fn(rank, world_size, *args)` in `world_size` new processes and return what each rank returns, in order.
 
     The default group is Gloo, each process has one thread, and nothing outlives the call. `fn` must be a module's own
     function; arguments and results are pickled (tensors on the CPU as they are, no DTensor). Raises RankFailedError.
     """
-    context = mp.get_context("spawn")
+    # Ranks are forked from a server that has imported what they need: seconds of each start, and there are many.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "softmoe_train.run", "tests.ranks.small"])
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [

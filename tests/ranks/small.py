@@ -1,12 +1,14 @@
 """This file owns the small model that distributed tests share, its perturbed state, and an independent reference of a step."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softmoe_train.config import config_folder, load_yaml
 from softmoe_train.data.batch import Batch, Cursor
 from softmoe_train.dist import local_offsets, local_values
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
@@ -14,17 +16,24 @@ from softmoe_train.model.init import initialize
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.moe import MoEConfig
 from softmoe_train.model.vit import ModelConfig, ViT, build_model
+from softmoe_train.optim.average import AverageConfig
 from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.groups import DecayConfig
-from softmoe_train.parallel.topology import ParallelConfig, Topology
+from softmoe_train.parallel.layout import ParallelConfig
+from softmoe_train.parallel.topology import Topology
 
 SEED = 3
 GLOBAL_BATCH = 16
 CLIP = 0.05  # far below the norm of the small model, so that the clip matters
 LR = 10.0  # large, so that every weight moves far beyond its own rounding
 DECAY = DecayConfig(head=0.3, kernels=0.03, router_scale=0.03)
-SGD = OptimConfig(kind="sgd", beta1=None, beta2=None, eps=None, momentum=0.0, clip_norm=CLIP, decay=DECAY)
-ADAMW = OptimConfig(kind="adamw", beta1=0.9, beta2=0.999, eps=1e-8, momentum=None, clip_norm=CLIP, decay=DECAY)
+UNUSED = dict.fromkeys(["beta1", "beta2", "beta2_decay", "eps", "min_dim_to_factor", "momentum"])
+SGD = OptimConfig(**{**UNUSED, "kind": "sgd", "momentum": 0.0, "clip_norm": CLIP, "decay": DECAY})
+ADAMW = SGD.model_copy(update={"kind": "adamw", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": None})
+# A threshold that factors the matrices of the small model, and the router's E x S if it forgot that E counts experts.
+ADAFACTOR = ADAMW.model_copy(
+    update={"kind": "adafactor", "beta2_decay": 0.8, "eps": 1e-30, "min_dim_to_factor": 3},
+)
 
 
 def model_config(**changes: Any) -> ModelConfig:
@@ -37,28 +46,41 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
+def parallel_config(expert_axis: int | str, sharding: str = "replicated", **changes: Any) -> ParallelConfig:
+    """The layout of conf/parallel/default.yaml with these keys changed."""
+    values = load_yaml(config_folder() / "parallel" / "default.yaml")
+    return ParallelConfig(**{**values, "expert_axis": expert_axis, "sharding": sharding, **changes})
+
+
 def build(
     rank: int, world: int, expert_axis: int, sharding: str, *, optim: OptimConfig = SGD,
     dtype: torch.dtype = torch.float32, loss: LossKind = "sigmoid", expert_init: str = "independent", perturbed: bool = True,
+    compiled: bool = False, num_experts: int = 8, average: AverageConfig | None = None, **layout: Any,
 ) -> TorchEngine:  # fmt: skip
-    """The engine of one rank, in the perturbed state unless asked otherwise."""
+    """The engine of one rank, in the perturbed state unless asked otherwise; `layout` changes ParallelConfig."""
     device = torch.device("cpu")
-    parallel = ParallelConfig(expert_axis=expert_axis, sharding=sharding)  # pyright: ignore[reportArgumentType]
-    config = model_config(moe=model_config().moe.model_copy(update={"expert_init": expert_init}))
-    topology = Topology.build(parallel, num_experts=config.moe.num_experts, device=device, size=world)
+    parallel = parallel_config(expert_axis, sharding, **layout)
+    moe = model_config().moe.model_copy(update={"expert_init": expert_init, "num_experts": num_experts})
+    config = model_config(moe=moe)
+    topology = Topology.build(parallel, num_experts=config.moe.num_experts, device=device, size=world, local_size=world)
     engine = build_torch_engine(
-        build_model(config, dtype), optim=optim, parallel=parallel, topology=topology, loss=loss,
-        global_batch=GLOBAL_BATCH, seed=SEED, device=device,
+        build_model(config, dtype), optim=optim, average=average, parallel=parallel, topology=topology, compiled=compiled,
+        loss=loss, global_batch=GLOBAL_BATCH, seed=SEED, device=device,
     )  # fmt: skip
     if perturbed:
         perturb(engine.module)
     return engine
 
 
-@torch.no_grad()
 def perturb(model: nn.Module) -> None:
     """Move every parameter off its start: a fresh head is zero and would hide most gradients, alike experts a swap."""
-    for name, p in model.named_parameters():
+    perturb_tensors(dict(model.named_parameters()))
+
+
+@torch.no_grad()
+def perturb_tensors(parameters: Mapping[str, Tensor]) -> None:
+    """The same, of parameters by name, whole or sharded."""
+    for name, p in parameters.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(p.shape, generator=generator) * (0.1 if p.ndim == 1 or ".b" in name else 0.02)
         window = tuple(slice(o, o + n) for o, n in zip(local_offsets(p), local_values(p).shape, strict=True))
@@ -89,12 +111,13 @@ def share(rank: int, world: int, micro_batches: int = 1, step: int = 0) -> list[
     return global_batch(step).split(world)[rank].split(micro_batches)
 
 
-def reference(loss_kind: LossKind = "sigmoid") -> dict[str, Any]:
+def reference(loss_kind: LossKind = "sigmoid", num_experts: int = 8) -> dict[str, Any]:
     """One SGD step in float64 by plain autograd, with no engine, mesh or collective: the truth for every layout.
 
     The sigmoid loss has a label an image, softmax has several.
     """
-    model: ViT = build_model(model_config(), torch.float64)
+    moe = model_config().moe.model_copy(update={"num_experts": num_experts})
+    model: ViT = build_model(model_config(moe=moe), torch.float64)
     model.to_empty(device="cpu")
     initialize(model, SEED)
     perturb(model)

@@ -1,13 +1,14 @@
 """Every layout equals one process: outputs, loss, every gradient, the global norm, the weights after a clipped step."""
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from softmoe_train.engine.torch_engine import TorchEngine
 from tests.ranks.launch import run_ranks
 from tests.ranks.small import LR, build, multi_hot, reference, share
 
@@ -19,13 +20,33 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def one_step(rank: int, world: int, expert_axis: int, sharding: str, micro_batches: int) -> dict[str, Any]:
-    engine = build(rank, world, expert_axis, sharding)
-    batches = share(rank, world, micro_batches)
+class Layout(NamedTuple):
+    world: int
+    axis: int
+    sharding: str
+    micro_batches: int = 1
+    num_experts: int = 8
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.world} | {self.axis} | {self.sharding} | {self.micro_batches} | " + " ".join(
+            [f"{self.num_experts} experts", *(f"{key}={value}" for key, value in self.options)]
+        )
+
+
+def engine_of(rank: int, layout: Layout) -> TorchEngine:
+    return build(
+        rank, layout.world, layout.axis, layout.sharding, num_experts=layout.num_experts, **dict(layout.options)
+    )
+
+
+def one_step(rank: int, world: int, layout: Layout) -> dict[str, Any]:
+    engine = engine_of(rank, layout)
+    batches = share(rank, layout.world, layout.micro_batches)
     logits = torch.cat([engine.module(b.images).detach() for b in batches])
     losses = [engine.forward_backward(b, last=b is batches[-1]) for b in batches]
-    gradients = {name: full(g) for name, g in engine.reduce().items()}
-    again = build(rank, world, expert_axis, sharding)
+    gradients = {name: full(g) for name, g in engine.gradients().items()}
+    again = engine_of(rank, layout)
     for b in batches:
         again.forward_backward(b, last=b is batches[-1])
     stats = again.update(LR)
@@ -35,9 +56,6 @@ def one_step(rank: int, world: int, expert_axis: int, sharding: str, micro_batch
         "norm": stats.norm.item(),
         "gradients": gradients,
         "weights": {name: full(p) for name, p in again.parameters.items()},
-        "sizes": {
-            name: p.to_local().numel() if isinstance(p, DTensor) else p.numel() for name, p in again.parameters.items()
-        },
     }
 
 
@@ -48,30 +66,45 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
+def options(**values: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(values.items())
+
+
 LAYOUTS = [
-    (world, axis, sharding, micro)
-    for world in (1, 2, 4)
-    for axis in (1, 2, 4)
-    if axis <= world
-    for sharding in ("replicated", "fsdp")
-    for micro in ((1, 2) if world == 2 else (1,))
+    *(
+        Layout(world, axis, sharding, micro)
+        for world in (1, 2, 4)
+        for axis in (1, 2, 4)
+        if axis <= world
+        for sharding in ("replicated", "fsdp")
+        for micro in ((1, 2) if world == 2 else (1,))
+    ),
+    *(Layout(4, axis, "hsdp", 2, options=options(shard_size=2)) for axis in (1, 2, 4)),
+    Layout(4, 1, "fsdp", num_experts=2),  # fewer experts than ranks that shard them: cut inside each expert
+    Layout(4, 2, "fsdp", num_experts=2),
+    Layout(4, 2, "replicated", num_experts=2),
+    Layout(4, 1, "hsdp", 2, num_experts=1, options=options(shard_size=2, reduce_each_micro=True)),
+    Layout(2, 1, "fsdp", 2, options=options(reduce_each_micro=True, prefetch=1, recompute="moe")),
+    Layout(4, 2, "fsdp", 2, options=options(reduce_each_micro=True, prefetch=2, recompute="block")),
+    Layout(4, 2, "hsdp", 2, options=options(shard_size=2, prefetch=1, recompute="moe")),
+    Layout(2, 2, "replicated", 2, options=options(recompute="block")),
 ]
 
 
-def all_layouts(rank: int, world: int) -> dict[tuple, dict[str, Any]]:
-    return {layout: one_step(rank, *layout) for layout in LAYOUTS if layout[0] == world}
+def all_layouts(rank: int, world: int) -> dict[Layout, dict[str, Any]]:
+    return {layout: one_step(rank, world, layout) for layout in LAYOUTS if layout.world == world}
 
 
 @cache
-def results(world: int) -> list[dict[tuple, dict[str, Any]]]:
+def results(world: int) -> list[dict[Layout, dict[str, Any]]]:
     """One start of the processes serves all layouts of this many ranks."""
     return run_ranks(all_layouts, world)
 
 
-@pytest.mark.parametrize(("world", "axis", "sharding", "micro"), LAYOUTS)
-def test_a_layout_equals_one_process_in_float64(world: int, axis: int, sharding: str, micro: int) -> None:
-    want = truth()
-    ranks = [r[world, axis, sharding, micro] for r in results(world)]
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_equals_one_process_in_float64(layout: Layout) -> None:
+    want = truth(num_experts=layout.num_experts)
+    ranks = [r[layout] for r in results(layout.world)]
     got = ranks[0]
     logits = torch.cat([r["logits"] for r in ranks])
     torch.testing.assert_close(logits.double(), want["logits"], rtol=TOLERANCE, atol=TOLERANCE)
@@ -94,14 +127,14 @@ def test_a_layout_equals_one_process_in_float64(world: int, axis: int, sharding:
     assert far == {}
     norm = abs(got["norm"] / want["norm"] - 1)
     weights = max((got["weights"][n].double() - w).abs().max().item() for n, w in want["weights"].items())
-    print(f"| {world} | {axis} | {sharding} | {micro} | {error:.1e} {worst} | {norm:.1e} | {weights:.1e} |")
+    print(f"| {layout} | {error:.1e} {worst} | {norm:.1e} | {weights:.1e} |")
 
 
 def softmax_step(rank: int, world: int) -> tuple[dict[str, Tensor], float]:
     engine = build(rank, world, 2, "fsdp", loss="softmax")
     batches = [multi_hot(b) for b in share(rank, world, 2)]
     losses = [engine.forward_backward(b, last=b is batches[-1]) for b in batches]
-    return {name: full(g) for name, g in engine.reduce().items()}, torch.stack(losses).sum().item()
+    return {name: full(g) for name, g in engine.gradients().items()}, torch.stack(losses).sum().item()
 
 
 def test_softmax_with_several_labels_equals_one_process_in_float64() -> None:

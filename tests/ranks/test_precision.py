@@ -29,7 +29,7 @@ def one_step(rank: int, world: int, axis: int, sharding: str) -> dict[str, Any]:
             )
     batches = share(rank, world, 2)
     losses = [engine.forward_backward(b, last=b is batches[-1]) for b in batches]
-    gradients = {name: full(g) for name, g in engine.reduce().items()}
+    gradients = {name: full(g) for name, g in engine.gradients().items()}
     engine.update(0.001)
     state = engine.state_dict()
     return {

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, load_yaml, parse, save_yaml
-from softmoe_train.settings import RunConfig, check
+from softmoe_train.settings import RunConfig, changed_settings, check
 
 FOLDER = config_folder()
 GROUPS = sorted(
@@ -23,7 +23,7 @@ def compose_alone(*overrides: str) -> RunConfig:
 
 def problems_of(*overrides: str, size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        compose(RunConfig, list(overrides), lambda config: check(config, size))
+        compose(RunConfig, list(overrides), lambda config: check(config, size, size))
     return caught.value.problems
 
 
@@ -141,8 +141,36 @@ def test_an_empty_list_of_evaluators_is_empty_whatever_a_recipe_sets() -> None:
 def test_a_model_without_experts_has_none_to_spread() -> None:
     (problem,) = problems_of("recipe=debug", "model.moe.blocks=[]", "parallel.expert_axis=2", size=2)
     assert problem.startswith("parallel.expert_axis=2: this model has no experts to spread")
-    auto = compose(RunConfig, ["recipe=debug", "model.moe.blocks=[]"], lambda config: check(config, 2))
+    auto = compose(RunConfig, ["recipe=debug", "model.moe.blocks=[]"], lambda config: check(config, 2, 2))
     assert auto.model.num_experts == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("parallel.exchange=ring", "parallel.exchange='ring': input should be 'flat' or 'two_stage'"),
+        ("parallel.exchange_dtype=float16", "parallel.exchange_dtype='float16': input should be 'bfloat16'"),
+        ("parallel.exchange_chunks=0", "parallel.exchange_chunks=0: input should be greater than or equal to 1"),
+        (
+            "parallel.exchange_chunks=3",
+            "parallel.exchange_chunks=3 does not divide the 4 images of a micro-batch on each",
+        ),
+        ("parallel.node_size=1", "parallel.node_size=1: input should be greater than or equal to 2"),
+        ("parallel.node_size=2", "parallel.node_size=2 is used by parallel.exchange=two_stage alone"),
+        ("parallel.exchange=two_stage", "with 4 of 4 ranks on each host an expert axis of 4 has 4 on a node"),
+    ],
+)
+def test_a_wrong_exchange_is_refused_in_plain_words(override: str, said: str) -> None:
+    (problem,) = problems_of("recipe=debug", override, size=4)
+    assert problem.startswith(said) or said in problem
+
+
+def test_a_run_may_change_its_exchange_but_not_what_it_rounds_to(tmp_path: Path) -> None:
+    saved = compose_alone("recipe=debug", f"run_dir={tmp_path}").as_saved()
+    now = compose_alone(
+        "recipe=debug", f"run_dir={tmp_path}", "parallel.exchange_chunks=2", "parallel.exchange_dtype=bfloat16"
+    )
+    assert changed_settings(saved, now.as_saved()) == ["parallel.exchange_dtype=bfloat16 (was None)"]
 
 
 def test_records_are_strict_about_types() -> None:

@@ -67,6 +67,27 @@ def test_bf16_inputs_stay_near_float32() -> None:
     torch.testing.assert_close(low.float(), layer(x), rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_no_more_than_it_needs(dtype: torch.dtype) -> None:
+    B, T, D, H = 3, 7, 6, 10
+    s = CONFIG.num_experts * CONFIG.slots_per_expert
+    layer = MoE(CONFIG, width=D, hidden=H)
+    initialize(layer, seed=5)
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = layer(torch.randn(B, T, D).to(dtype).requires_grad_())
+    for p in layer.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    assert y.grad_fn is not None
+    # Tokens, slots, the experts' outputs and both sides of the GELU; dispatch and combine in float32.
+    assert sum(kept.values()) <= (2 * B * s * H + B * (T + 2 * s) * D) * dtype.itemsize + 2 * B * T * s * 4
+
+
 @pytest.mark.parametrize(
     ("blocks", "chosen"),
     [

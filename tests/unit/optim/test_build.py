@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from softmoe_train.optim.adafactor import alone
 from softmoe_train.optim.build import OptimConfig, build_optimizer
 from tests.ranks.small import ADAMW, SGD
 
@@ -14,7 +15,7 @@ DECAYS = {"head.weight": 0.3, "blocks.0.mlp.fc1.weight": 0.03, "head.bias": 0.0}
 
 def step(config: OptimConfig, updates: int, bad: bool = False) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
     values = {name: torch.full((4,), 2.0) for name in NAMES}
-    optimizer = build_optimizer(config, values)
+    optimizer = build_optimizer(config, values, {name: v.shape for name, v in values.items()}, alone)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     for i in range(updates):

@@ -1,4 +1,4 @@
-"""The expert axis: its arithmetic, its refusals, and a mesh of a thousand ranks without a thousand processes."""
+"""Meshes of a thousand ranks without a thousand processes."""
 
 import pytest
 import torch
@@ -8,43 +8,55 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from softmoe_train.model.moe import MoEConfig
 from softmoe_train.model.vit import ModelConfig, build_model
+from softmoe_train.parallel.exchange import build_exchange
 from softmoe_train.parallel.experts import shard_experts
-from softmoe_train.parallel.topology import ParallelConfig, Topology, expert_axis, expert_axis_problems
+from softmoe_train.parallel.topology import Topology
+from tests.ranks.small import parallel_config
 
 
-def config(axis: int | str) -> ParallelConfig:
-    return ParallelConfig(expert_axis=axis, sharding="replicated")  # pyright: ignore[reportArgumentType]
+def test_what_does_not_fit_builds_no_mesh() -> None:
+    with pytest.raises(ValueError, match="expert_axis=6 does not divide"):
+        Topology.build(parallel_config(6), num_experts=64, device=torch.device("cpu"), size=16, local_size=8)
 
 
-@pytest.mark.parametrize(("experts", "ranks", "axis"), [(128, 256, 128), (8, 2, 2), (6, 4, 2), (7, 4, 1), (128, 1, 1)])
-def test_auto_takes_the_largest_common_divisor(experts: int, ranks: int, axis: int) -> None:
-    assert expert_axis(config("auto"), num_experts=experts, size=ranks) == axis
-    assert expert_axis_problems(config("auto"), num_experts=experts, size=ranks) == []
+def test_two_stages_of_a_thousand_ranks_join_neighbours_first() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=517, world_size=1024)
+    try:
+        parallel = parallel_config(128, exchange="two_stage")
+        topology = Topology.build(parallel, num_experts=128, device=torch.device("cpu"), size=1024, local_size=8)
+        assert topology.ep_stages is not None
+        between, within = topology.ep_stages
+        assert dist.get_process_group_ranks(within.get_group()) == list(range(512, 520))
+        first = 517 // 128 * 128
+        assert dist.get_process_group_ranks(between.get_group()) == [first + 8 * o + 517 % 8 for o in range(16)]
+    finally:
+        dist.destroy_process_group()
 
 
+# (expert axis, shard_size) and the sizes of dense (replicate, shard) and experts (replicate, shard) meshes on 1,024 ranks
 @pytest.mark.parametrize(
-    ("axis", "said"),
-    [
-        (
-            6,
-            "parallel.expert_axis=6 does not divide model.moe.num_experts=64 nor the 16 ranks of this run; 64 experts on 16 ranks allow 1, 2, 4, 8 or 16",
-        ),
-        (32, "parallel.expert_axis=32 does not divide the 16 ranks"),
-        (0, "parallel.expert_axis=0 does not divide"),
-        (-2, "parallel.expert_axis=-2 does not divide"),
-    ],
+    ("axis", "shard_size", "experts"), [(1, 8, None), (4, 8, (128, 2)), (8, 8, None), (128, 8, None), (8, 64, (16, 8))]
 )
-def test_an_axis_that_does_not_divide_is_refused_with_the_legal_ones(axis: int, said: str) -> None:
-    (problem,) = expert_axis_problems(config(axis), num_experts=64, size=16)
-    assert said in problem
-    with pytest.raises(ValueError, match="does not divide"):
-        Topology.build(config(axis), num_experts=64, device=torch.device("cpu"), size=16)
+def test_a_hybrid_copy_on_a_thousand_ranks(axis: int, shard_size: int, experts: tuple[int, int] | None) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=517, world_size=1024)
+    try:
+        layout = parallel_config(axis, "hsdp", shard_size=shard_size)
+        topology = Topology.build(layout, num_experts=128, device=torch.device("cpu"), size=1024, local_size=8)
+        assert topology.dense is not None
+        assert topology.dense.shape == (1024 // shard_size, shard_size)
+        assert (topology.experts.shape if topology.experts is not None else None) == experts
+        assert (topology.expert_dp.size(), topology.ep.size()) == (1024 // axis, axis)
+        assert topology.ep.get_local_rank() == 517 % axis
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_thousand_ranks_each_hold_their_experts() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=517, world_size=1024)
     try:
-        topology = Topology.build(config(128), num_experts=128, device=torch.device("cpu"), size=1024)
+        topology = Topology.build(
+            parallel_config(128), num_experts=128, device=torch.device("cpu"), size=1024, local_size=8
+        )
         assert (topology.dp.size(), topology.expert_dp.size(), topology.ep.size()) == (1024, 8, 128)
         assert topology.ep.get_local_rank() == 517 % 128, "ep is innermost: neighbours share a set of experts"
         moe = MoEConfig(blocks="last 16", router="soft", num_experts=128, slots_per_expert=1, expert_init="identical")
@@ -54,7 +66,7 @@ def test_a_thousand_ranks_each_hold_their_experts() -> None:
         )  # fmt: skip
         model = build_model(h14, torch.bfloat16)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        shard_experts(model, topology.ep)
+        shard_experts(model, topology.ep, build_exchange(parallel_config(128), topology))
         assert {name: p.shape for name, p in model.named_parameters()} == shapes
         local = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
         assert local == 16 * (2 * 1280 * 5120 + 5120 + 1280)

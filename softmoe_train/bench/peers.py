@@ -1,0 +1,90 @@
+"""This file owns the other people's Soft MoE layers that ours is timed against, where they are installed.
+
+Both are given what ours has: the same experts (width to hidden, GELU in its tanh form, hidden to width, biases), the same
+experts x slots, float32 parameters and the same input. Below float32 they run under autocast, as their users run them, where the
+hardware multiplies that dtype.
+"""
+
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from softmoe_train.bench.floor import LayerShape
+
+
+class Peer(NamedTuple):
+    """A layer of another package, and what it computes that ours does not, or the other way round."""
+
+    name: str
+    module: nn.Module
+    differs: str
+
+
+def build_peers(shape: LayerShape, device: torch.device) -> list[Peer]:
+    """The peers that are installed, built to do the same work."""
+    peers = []
+    with torch.device(device):
+        if find_spec("soft_moe_pytorch") and find_spec("einops"):
+            peers.append(_lucidrains(shape))
+        if find_spec("soft_mixture_of_experts") and find_spec("einops"):
+            peers.append(_fkodom(shape))
+    return peers
+
+
+class Autocast(nn.Module):
+    """Runs a layer of float32 parameters as torch.autocast decides it for `dtype`, or in float32; in and out as x came."""
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = inner
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, in the dtype of x."""
+        if self.dtype == torch.float32:
+            return self.inner(x.float()).to(x.dtype)
+        with torch.autocast(x.device.type, dtype=self.dtype):
+            return self.inner(x).to(x.dtype)
+
+
+def _lucidrains(shape: LayerShape) -> Peer:
+    from soft_moe_pytorch import SoftMoE  # pyright: ignore[reportMissingImports]
+
+    layer: Any = SoftMoE(
+        shape.width,
+        num_experts=shape.experts,
+        num_slots=shape.slots,
+        expert_mult=shape.hidden / shape.width,  # pyright: ignore[reportArgumentType] (it takes a part too)
+        is_distributed=False,
+        offload_unused_experts_to_cpu=False,
+    )
+    for expert in layer.experts.experts:
+        expert[1] = nn.GELU(approximate="tanh")
+    return Peer(
+        f"soft-moe-pytorch {version('soft-moe-pytorch')}",
+        layer,
+        "RMS norm with a gain on tokens and slot parameters instead of unit length and one scale, mixes the normed tokens; its "
+        "router follows autocast, ours stays float32; no scale to learn; one expert after another",
+    )
+
+
+def _fkodom(shape: LayerShape) -> Peer:
+    from soft_mixture_of_experts.multi_expert import MultiExpertLayer  # pyright: ignore[reportMissingImports]
+    from soft_mixture_of_experts.soft_moe import SoftMoE  # pyright: ignore[reportMissingImports]
+
+    layer: Any = SoftMoE(shape.width, shape.width, num_experts=shape.experts, slots_per_expert=shape.slots)
+    # Its own expert is one linear map: with that it would do a fraction of the work.
+    layer.experts = nn.Sequential(
+        MultiExpertLayer(shape.width, shape.hidden, shape.experts),
+        nn.GELU(approximate="tanh"),
+        MultiExpertLayer(shape.hidden, shape.width, shape.experts),
+    )
+    return Peer(
+        f"soft-mixture-of-experts {version('soft-mixture-of-experts')}",
+        layer,
+        "no normalisation in the router, which follows autocast where ours stays float32; given our expert in place of its one "
+        "linear map",
+    )

@@ -1,0 +1,116 @@
+"""This file owns the keys of `softmoe bench`: what each measurement may be told, and what may not be combined."""
+
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from softmoe_train.bench.facts import out_problems
+from softmoe_train.bench.floor import LayerShape
+from softmoe_train.config import Record
+
+Positive = Annotated[int, Field(ge=1)]
+ListOf = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Measuring(Record):
+    """What every measurement can be told."""
+
+    rounds: Positive  # interleaved rounds that count
+    warmup: Annotated[int, Field(ge=0)]  # rounds before them that do not
+    out: str | None  # JSON file for programs
+
+    @field_validator("out")
+    @classmethod
+    def _writable(cls, out: str | None) -> str | None:
+        problems = out_problems("out", out, ".json")
+        if problems:
+            raise ValueError(problems[0])
+        return out
+
+
+class LayerSettings(Measuring):
+    """Keys of `bench layer`: a grid of shapes, each in every dtype."""
+
+    experts: Annotated[list[Positive], ListOf]
+    total_slots: Positive  # of an image; each number of experts divides it
+    cases: Annotated[list[str], ListOf]  # experts x slots per expert, as 128x1; [] takes experts over total_slots
+    images: Annotated[list[Positive], ListOf]
+    tokens: Positive  # of an image
+    width: Positive
+    hidden: Positive
+    dtype: Annotated[list[Dtype], ListOf]
+    device: Literal["auto", "cpu", "cuda"]
+    peers: bool
+    picture: str | None
+
+    @field_validator("picture")
+    @classmethod
+    def _drawable(cls, picture: str | None) -> str | None:
+        problems = out_problems("picture", picture, ".png")
+        if picture is not None and not find_spec("matplotlib"):
+            problems.append(
+                f"picture={picture} needs matplotlib, which is not installed: pip install 'softmoe-train[pictures]'"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return picture
+
+    @field_validator("cases")
+    @classmethod
+    def _pairs(cls, cases: list[str], info: ValidationInfo) -> list[str]:
+        wrong = [f"cases={case} is not experts x slots; write it as 128x1" for case in cases if _case(case) is None]
+        total = info.data.get("total_slots")
+        uneven = [number for number in info.data.get("experts", []) if total and total % number]
+        if uneven and not cases:
+            wrong.append(
+                f"experts={','.join(map(str, uneven))} does not divide total_slots={total}; use divisors, another total_slots, "
+                f"or name the pairs, as in cases={uneven[0]}x1"
+            )
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return cases
+
+    @field_validator("device")
+    @classmethod
+    def _there(cls, device: str) -> str:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda, but torch sees no CUDA device here; use device=cpu or auto")
+        return device
+
+    def shapes(self) -> list[LayerShape]:
+        """Every shape of the grid: images within experts."""
+        pairs = [_case(case) for case in self.cases] or [(E, self.total_slots // E) for E in self.experts]
+        return [
+            LayerShape(images, self.tokens, self.width, self.hidden, *pair)
+            for images in self.images
+            for pair in pairs
+            if pair is not None
+        ]
+
+
+class InferSettings(Measuring):
+    """Keys of `bench infer`, beside those of a run."""
+
+    images: Annotated[list[Positive], ListOf]  # of a batch
+
+
+class StepSettings(Measuring):
+    """Keys of `bench step`, beside those of a run."""
+
+    batches: Literal["made", "stream"]  # one batch in memory, or the run's own data
+
+
+class ExchangeSettings(Measuring):
+    """Keys of `bench exchange`, beside those of a run."""
+
+    images: Annotated[list[Positive], ListOf]  # of a rank
+
+
+def _case(text: str) -> tuple[int, int] | None:
+    experts, times, slots = text.partition("x")
+    if not times or not experts.isdecimal() or not slots.isdecimal() or not int(experts) or not int(slots):
+        return None
+    return int(experts), int(slots)

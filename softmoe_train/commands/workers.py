@@ -1,0 +1,88 @@
+"""This file owns how a verb becomes processes: one worker under a launcher, the launcher of local workers, or this process."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from softmoe_train.config import ConfigError
+from softmoe_train.dist import World, world_of
+from softmoe_train.launching.environment import adopt_environment, under_launcher
+from softmoe_train.launching.local import TOLD_CODES, launch_local
+from softmoe_train.launching.worker import run_worker
+
+GRACE_SECONDS = 5  # what workers get to end after Ctrl-C; they save nothing then
+
+
+class HasProcesses(Protocol):
+    """What a verb's configuration must say: how many local workers to start."""
+
+    @property
+    def processes(self) -> int: ...
+
+
+C = TypeVar("C", bound=HasProcesses)
+
+
+@dataclass(frozen=True)
+class Verb(Generic[C]):
+    """A verb of several processes: what it composes, what each rank does, what an interruption means.
+
+    `compose` takes the world that a launcher gave, or None where the configuration decides, and raises ConfigError. `work` returns the
+    exit code, the same on every rank; those of `told` say that rank 0 has told why.
+    """
+
+    name: str
+    compose: Callable[[World | None], C]
+    work: Callable[[C, World], int]
+    interrupted: Callable[[C], str]
+    told: Collection[int] = TOLD_CODES
+
+
+def ranks(world: World | None, config: HasProcesses) -> tuple[int, int]:
+    """How many ranks there are or will be, and how many of them on a host."""
+    return (world.size, world.local_size) if world else (config.processes, config.processes)
+
+
+def under_a_launcher() -> bool:
+    """Whether a launcher started this process; raises ConfigError where its variables contradict each other."""
+    try:
+        return under_launcher(os.environ)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+
+
+def run_verb(verb: Verb[C], overrides: list[str]) -> int:
+    """Compose and check before anything is started, then work in as many processes as were asked for; returns the exit code."""
+    if under_a_launcher():
+        return as_worker(verb.name, lambda world: verb.work(verb.compose(world), world))
+    config = verb.compose(None)
+    if config.processes > 1:
+        command = [sys.executable, "-m", "softmoe_train", verb.name, *overrides]
+        code = launch_local(config.processes, command, grace_seconds=GRACE_SECONDS, told=verb.told)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            print(f"softmoe {verb.name}: {verb.interrupted(config)}", file=sys.stderr)
+        return code
+    try:
+        return verb.work(config, world_of(os.environ))
+    except KeyboardInterrupt:
+        print(f"softmoe {verb.name}: {verb.interrupted(config)}", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def as_worker(name: str, work: Callable[[World], int]) -> int:
+    """Run `work` as one rank of several, whoever started it; a refused setting is told once a host."""
+    adopt_environment(os.environ)
+    world = world_of(os.environ)
+
+    def told() -> int:
+        try:
+            return work(world)
+        except ConfigError as error:
+            if world.local_rank == 0:  # a host may find what the others do not: a file, a version
+                print(f"softmoe {name}: {error}", file=sys.stderr, flush=True)
+            return 2
+
+    return run_worker(told)

@@ -1,0 +1,122 @@
+"""One GPU: the numbers of the CPU, a router in float32, a step that never waits for the device, blocks that compile."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softmoe_train.config import compose
+from softmoe_train.data.batch import Batch
+from softmoe_train.dist import World, process_group
+from softmoe_train.engine.protocol import Engine
+from softmoe_train.model.routing import SoftRouter
+from softmoe_train.parallel.topology import Topology
+from softmoe_train.parity.state import parity_batch, perturb_engine
+from softmoe_train.run import build_engine
+from softmoe_train.settings import RunConfig
+from tests.runs import environment
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here"),
+]
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    torch.cuda.set_device(GPU)
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    with process_group(ALONE, GPU):
+        yield
+
+
+def debug(*overrides: str) -> RunConfig:
+    return compose(RunConfig, ["recipe=debug", "device=cuda", *overrides], lambda _: [])
+
+
+def build(config: RunConfig, device: torch.device) -> Engine:
+    experts = config.model.num_experts
+    topology = Topology.build(config.parallel, num_experts=experts, device=device, size=1, local_size=1)
+    engine = build_engine(config, topology, device)
+    perturb_engine(engine, config.seed)
+    return engine
+
+
+def batch(config: RunConfig, update: int = 0) -> Batch:
+    return parity_batch(config, update, range(config.batch_size))
+
+
+def gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+    engine = build(config, device)
+    engine.forward_backward(batch(config).to(device), last=True)
+    return {name: g.detach().cpu() for name, g in engine.gradients().items()}
+
+
+def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    assert got.keys() == want.keys()
+    return max(((got[name] - want[name]).norm() / want[name].norm()).item() for name in want)
+
+
+def test_float32_gradients_are_those_of_the_cpu() -> None:
+    config = debug()
+    assert worst(gradients(config, GPU), gradients(config, CPU)) < 1e-5
+
+
+def test_bf16_gradients_are_those_of_the_cpu_to_its_rounding() -> None:
+    config = debug("precision=bfloat16")
+    assert worst(gradients(config, GPU), gradients(config, CPU)) < 5e-2
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_the_router_sees_float32_under_bf16(sharding: str) -> None:
+    config = debug("precision=bfloat16", f"parallel.sharding={sharding}")
+    engine = build(config, GPU)
+    seen: set[tuple[torch.dtype, ...]] = set()
+
+    def look(router: SoftRouter, inputs: tuple[Tensor, ...], out: Any) -> None:
+        seen.add((router.phi.dtype, router.scale.dtype, inputs[0].dtype, out.dispatch.dtype, out.combine.dtype))
+
+    for module in engine.module.modules():
+        if isinstance(module, SoftRouter):
+            module.register_forward_hook(look)
+    engine.forward_backward(batch(config).to(GPU), last=True)
+    engine.update(1e-3)
+    f32, bf16 = torch.float32, torch.bfloat16
+    assert seen == {(f32, f32, bf16, f32, f32)}
+    assert {t.dtype for name, t in engine.state_dict().items() if name.startswith("model.")} == {f32}
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_never_waits_for_the_device(precision: str, sharding: str) -> None:
+    config = debug(f"precision={precision}", f"parallel.sharding={sharding}")
+    engine = build(config, GPU)
+    steps = [batch(config, update).to(GPU).split(2) for update in range(3)]
+
+    def step(parts: list[Batch]) -> None:
+        for part in parts:
+            engine.forward_backward(part, last=part is parts[-1])
+        engine.update(1e-3)
+
+    step(steps[0])  # what happens once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(steps[1])
+        step(steps[2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("how", [[], ["precision=bfloat16"], ["compile=true"], ["compile=true", "precision=bfloat16"]])
+def test_softmoe_parity_holds(tmp_path: Path, how: list[str]) -> None:
+    command = [sys.executable, "-m", "softmoe_train", "parity", "recipe=debug", "device=cuda", *how]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

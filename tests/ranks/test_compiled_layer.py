@@ -1,0 +1,50 @@
+"""The MoE layer under torch.compile: one graph, the numbers of the eager layer. (A process of its own: shape checks break graphs.)"""
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from softmoe_train.model.init import initialize
+from softmoe_train.model.moe import MoE, MoEConfig
+from tests.ranks.launch import run_ranks
+
+CONFIG = MoEConfig(blocks=[0], router="soft", num_experts=3, slots_per_expert=2, expert_init="independent")
+# inductor's C++ takes long to build: once, for the dtype with the casts.
+CASES = [(torch.float32, "aot_eager"), (torch.bfloat16, "aot_eager"), (torch.bfloat16, "inductor")]
+
+
+def errors(dtype: torch.dtype, backend: str) -> list[float]:
+    """Of the output and of every gradient: |compiled - eager| / |eager|."""
+    layer = MoE(CONFIG, width=6, hidden=10)
+    initialize(layer, seed=5)
+    x, g = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x.requires_grad_()
+
+    def run(module: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = module(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], g)]
+
+    pairs = zip(run(torch.compile(layer, fullgraph=True, backend=backend)), run(layer), strict=True)
+    return [((a - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+def every_case(rank: int, world: int) -> dict[tuple[torch.dtype, str], list[float]]:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    return {case: errors(*case) for case in CASES if case[1] != "inductor" or compiler}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[torch.dtype, str], list[float]]:
+    return run_ranks(every_case, 1, timeout=300)[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_layer_compiles_as_one_graph_to_equal_numbers(found: dict, case: tuple[torch.dtype, str]) -> None:
+    if case not in found:
+        pytest.skip("inductor needs a C++ compiler")
+    dtype, backend = case
+    # aot_eager runs the same kernels. inductor adds up in another order, and leaves out roundings to bf16 between two steps.
+    assert max(found[case]) <= (0 if backend == "aot_eager" else 4 * torch.finfo(dtype).eps)

@@ -1,0 +1,140 @@
+"""`softmoe bench` as people meet it: what it prints, what it writes, how it refuses. Nothing here looks at how long anything took."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softmoe_train.commands.main import main
+from tests.runs import environment
+
+QUICK = ["rounds=2", "warmup=1"]
+TINY = ["tokens=6", "width=8", "hidden=16", "images=1,2"]
+
+
+def read(path: Path, bench: str) -> list[dict[str, Any]]:
+    """The rows of a result, which says what and where it measured."""
+    document = json.loads(path.read_text())
+    assert document["bench"] == bench
+    assert {"command", "torch", "device", "device_name", "threads", "processes", "time"} <= document["facts"].keys()
+    assert document["facts"]["command"].startswith(f"softmoe bench {bench} ")
+    assert document["settings"]["rounds"] == 2
+    return document["rows"]
+
+
+def positive(*spreads: dict[str, float]) -> bool:
+    return all(0 < s["low"] <= s["median"] <= s["high"] < math.inf for s in spreads)
+
+
+def test_layer_measures_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "layer.json"
+    assert main(["bench", "layer", "experts=2,4", "total_slots=4", *TINY, *QUICK, f"out={out}"]) == 0
+    rows = read(out, "layer")
+    assert [(r["dtype"], r["experts"], r["slots"], r["images"]) for r in rows] == [
+        (dtype, experts, 4 // experts, images)
+        for dtype in ("float32", "bfloat16")
+        for images in (1, 2)
+        for experts in (2, 4)
+    ]
+    for row in rows:
+        assert row["flops"] == row["flops_executed"] > 0
+        assert {"products", "dense MLP"} <= row["ratios"].keys()
+        assert positive(*row["seconds"].values(), *row["ratios"].values())
+        assert all(len(seconds) == 2 for seconds in row["seconds_of_rounds"].values())
+        assert 0 < row["saved_bytes"] <= row["peak_bytes"] + row["images"] * 6 * 8 * 4, "the input was there before"
+        assert row["parameter_bytes"] > 4 * row["experts"] * 2 * 8 * 16
+    shown = capsys.readouterr().out
+    assert "4 x 1" in shown and "dense MLP" in shown and "thread" in shown
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_layer_draws_its_grid(tmp_path: Path) -> None:
+    picture = tmp_path / "layer.png"
+    assert main(["bench", "layer", "experts=2,4", "total_slots=4", *TINY, *QUICK, f"picture={picture}"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+
+def test_infer_compares_with_the_dense_twin(tmp_path: Path) -> None:
+    out = tmp_path / "infer.json"
+    assert main(["bench", "infer", "recipe=debug", "images=1,3", *QUICK, f"out={out}"]) == 0
+    rows = read(out, "infer")
+    assert [row["images"] for row in rows] == [1, 3]
+    for row in rows:
+        assert positive(row["ratio"], *row["seconds"].values())
+        assert row["parameters"]["soft"] > row["parameters"]["dense"]
+        assert row["images_per_second"]["soft"] == pytest.approx(row["images"] / row["seconds"]["soft"]["median"])
+
+
+def started(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "softmoe_train", "bench", *words]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+PARTS = ["data", "forward", "backward", "exchange", "reduce", "update", "step"]
+
+
+def test_step_tells_its_parts(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    assert main(["bench", "step", "recipe=debug", "batches=stream", *QUICK, f"out={out}"]) == 0
+    (row,) = read(out, "step")
+    assert row["ranks"] == 1
+    assert list(row["seconds"]) == PARTS
+    assert row["seconds"]["exchange"]["high"] == 0, "nothing travels"
+    assert positive(row["utilisation"], *(row["seconds"][part] for part in ("data", "forward", "step")))
+    assert row["images_per_second"] == pytest.approx(16 / row["seconds"]["step"]["median"])
+
+
+def test_step_times_the_exchange_between_two_processes(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    more = ["parallel.sharding=fsdp", "micro_batches=2", "precision=bfloat16", "batch_size=8"]
+    done = started("step", "recipe=debug", "processes=2", *QUICK, f"out={out}", *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images/s") == 1, "one rank speaks"
+    (row,) = read(out, "step")
+    assert row["ranks"] == row["expert_axis"] == 2
+    assert positive(row["seconds"]["step"], row["seconds"]["exchange"])
+
+
+def test_exchange_is_measured_beside_the_collective(tmp_path: Path) -> None:
+    out = tmp_path / "exchange.json"
+    done = started("exchange", "recipe=debug", "processes=2", "images=1,4", *QUICK, f"out={out}")
+    assert done.returncode == 0, done.stderr
+    rows = read(out, "exchange")
+    assert [row["images"] for row in rows] == [1, 4]
+    for row in rows:
+        assert row["slots_bytes"] == row["images"] * 4 * 2 * 32 * 4
+        assert row["sent_bytes"] == 4 * row["slots_bytes"] // 2, "four crossings, half of each stays"
+        assert positive(*row["ratios"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["layer", "experts=3", "width=0"], ["experts=3 does not divide", "width=0: input should be"]),
+        (["infer", "recipe=debug", "model.moe.blocks=[]", "imags=2"], ["model has no experts", "did you mean images"]),
+        (["step", "recipe=debug", "batch_size=7", "processes=2", "rounds=x"], ["batch_size=7 does not divide into 2 ranks", "rounds='x'"]),
+        (["exchange", "recipe=debug", "images=0"], ["no slot travels; use processes=2", "images.0=0: "]),
+        (["exchange", "recipe=debug", "processes=2", "parallel.expert_axis=3"], ["parallel.expert_axis=3 does not divide"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_together_and_nothing_starts(
+    words: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "nothing was started" in told.err
+    assert all(text in told.err for text in said), told.err
+
+
+def test_help_says_what_each_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {what} " in shown for what in ("layer", "infer", "step", "exchange"))
