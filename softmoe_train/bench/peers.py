@@ -2,7 +2,7 @@
 
 Both are given what ours has: the same experts (width to hidden, GELU in its tanh form, hidden to width, biases), the same
 experts x slots, float32 parameters and the same input. Below float32 they run under autocast, as their users run them, where the
-hardware multiplies that dtype.
+hardware multiplies that dtype. Their routers do less than ours: each peer is timed as it is and, for equal work, with ours.
 """
 
 from importlib.metadata import version
@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from softmoe_train.bench.floor import LayerShape
 
@@ -28,9 +30,9 @@ def build_peers(shape: LayerShape, device: torch.device) -> list[Peer]:
     peers = []
     with torch.device(device):
         if find_spec("soft_moe_pytorch") and find_spec("einops"):
-            peers.append(_lucidrains(shape))
+            peers += _with_our_router(_lucidrains(shape), shape, unit_lengths=False)
         if find_spec("soft_mixture_of_experts") and find_spec("einops"):
-            peers.append(_fkodom(shape))
+            peers += _with_our_router(_fkodom(shape), shape, unit_lengths=True)
     return peers
 
 
@@ -48,6 +50,48 @@ class Autocast(nn.Module):
             return self.inner(x.float()).to(x.dtype)
         with torch.autocast(x.device.type, dtype=self.dtype):
             return self.inner(x).to(x.dtype)
+
+
+def _with_our_router(peer: Peer, shape: LayerShape, *, unit_lengths: bool) -> list[Peer]:
+    """The peer as it is, and as it is but with logits as ours: float32, and of unit lengths where it normalises nothing."""
+    logits = "float32 logits of tokens and slot parameters of unit length" if unit_lengths else "float32 logits"
+    same = Peer(f"{peer.name}, our router", OurRouter(peer.module, shape, unit_lengths), f"as above, but {logits}")
+    return [peer, same]
+
+
+class OurRouter(nn.Module):
+    """Runs another layer with its logits taken as our router takes them, for a comparison of equal work."""
+
+    def __init__(self, inner: nn.Module, shape: LayerShape, unit_lengths: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.mode = _Logits(shape.experts * shape.slots * shape.width, unit_lengths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        with self.mode:
+            return self.inner(x)
+
+
+class _Logits(TorchFunctionMode):
+    """Sees the einsum of all tokens with all slot parameters, the only one of two operands with three dimensions, and replaces it."""
+
+    def __init__(self, slot_parameters: int, unit_lengths: bool) -> None:
+        super().__init__()
+        self.slot_parameters = slot_parameters
+        self.unit_lengths = unit_lengths
+        self.seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.einsum and all(t.ndim == 3 for t in args[1:]) and args[2].numel() == self.slot_parameters:
+            self.seen += 1
+            equation, tokens, phi = args
+            with torch.autocast(tokens.device.type, enabled=False):
+                tokens, phi = tokens.float(), phi.float()
+                if self.unit_lengths:
+                    tokens, phi = F.normalize(tokens, dim=-1), F.normalize(phi, dim=0)
+                return func(equation, tokens, phi)
+        return func(*args, **(kwargs or {}))
 
 
 def _lucidrains(shape: LayerShape) -> Peer:

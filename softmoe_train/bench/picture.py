@@ -8,7 +8,7 @@ import torch
 from softmoe_train.bench.layer import DENSE, FLOOR, OURS, LayerRow
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everyone
-PEERS = ("--", ":", "-.")
+PEERS = ("--", (0, (6, 1, 1, 1)), ":", (0, (1, 3)))  # each as it is, and with our router
 
 
 def draw_layers(rows: list[LayerRow], path: str, sentence: str) -> None:
@@ -26,7 +26,7 @@ def draw_layers(rows: list[LayerRow], path: str, sentence: str) -> None:
         sides = [DENSE, *line[0].differences]
         for style, side in zip(_cycle(("-", *PEERS)), sides, strict=False):
             ratios = [row.timings.ratio(side, OURS).median for row in line]
-            others.plot(experts, ratios, style, color=colour, marker="o", markersize=4)
+            others.plot(experts, ratios, linestyle=style, color=colour, marker="o", markersize=4)
         _memory(memory, experts, line, colour)
     _finish(time, rows, "milliseconds", "Forward and backward of a layer", logarithmic=True)
     _finish(floor, rows, "products' time / layer's time", "Beside its bare matrix products: 1 is the floor")
@@ -79,7 +79,7 @@ def _finish(axes: Any, rows: list[LayerRow], label: str, title: str, *, logarith
     axes.set_xticks(experts, [str(number) for number in experts])
     if logarithmic:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
@@ -91,10 +91,11 @@ def _finish(axes: Any, rows: list[LayerRow], label: str, title: str, *, logarith
         axes.spines[side].set_visible(False)
 
 
-def _legend(axes: Any, names: list[str], styles: tuple[str, ...]) -> None:
+def _legend(axes: Any, names: list[str], styles: tuple[Any, ...]) -> None:
     """What the kinds of line mean; colours are told once, in the first panel."""
     handles = [
-        axes.plot([], [], style, color="black", label=name)[0] for name, style in zip(names, styles, strict=False)
+        axes.plot([], [], linestyle=style, color="black", label=name)[0]
+        for name, style in zip(names, styles, strict=False)
     ]
     axes.legend(handles=handles, frameon=False, fontsize=8)
 
@@ -104,5 +105,5 @@ def _slots(rows: list[LayerRow]) -> str:
     return " or ".join(map(str, totals))
 
 
-def _cycle(values: tuple[str, ...]) -> tuple[str, ...]:
+def _cycle(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values * 50
