@@ -47,6 +47,8 @@ def test_layer_measures_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert positive(*row["seconds"].values(), *row["ratios"].values())
         assert all(len(seconds) == 2 for seconds in row["seconds_of_rounds"].values())
         assert 0 < row["saved_bytes"] <= row["peak_bytes"] + row["images"] * 6 * 8 * 4, "the input was there before"
+        assert row["saved_bytes"] <= row["saved_bytes_bound"]
+        assert row["saved_bytes_recomputed"] == row["saved_bytes_recomputed_bound"]
         assert row["parameter_bytes"] > 4 * row["experts"] * 2 * 8 * 16
     shown = capsys.readouterr().out
     assert "4 x 1" in shown and "dense MLP" in shown and "thread" in shown

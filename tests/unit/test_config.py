@@ -141,6 +141,8 @@ def test_an_empty_list_of_evaluators_is_empty_whatever_a_recipe_sets() -> None:
 def test_a_model_without_experts_has_none_to_spread() -> None:
     (problem,) = problems_of("recipe=debug", "model.moe.blocks=[]", "parallel.expert_axis=2", size=2)
     assert problem.startswith("parallel.expert_axis=2: this model has no experts to spread")
+    (problem,) = problems_of("recipe=debug", "model.moe.blocks=[]", "parallel.recompute=moe")
+    assert "no block of this model holds experts" in problem
     auto = compose(RunConfig, ["recipe=debug", "model.moe.blocks=[]"], lambda config: check(config, 2, 2))
     assert auto.model.num_experts == 1
 

@@ -87,6 +87,7 @@ def test_the_keys_of_one_engine_are_unknown_to_the_other() -> None:
         ({"fp16": {"enabled": True}}, "fp16.enabled=true, but precision=float32 decides fp16.enabled=false"),
         ({"bf16": {"enabled": True}}, "bf16.enabled=true, but precision=float32 decides"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled=true, but precision=float32 decides"),
+        ({"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}, "does nothing with engine.offload_optimizer=false"),
         ({"communication_data_type": "bf16"}, 'communication_data_type="bf16", but this engine, whose gradients are sums'),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "but engine.offload_optimizer decides"),
         ({"zero_optimization": {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size=-1 must be a whole number"),
@@ -99,6 +100,11 @@ def test_a_json_that_contradicts_the_run_is_refused_and_names_both(tmp_path: Pat
     (problem,) = deepspeed_problems(with_json(tmp_path, tree))
     assert problem.startswith(f"engine.config={tmp_path / 'ds.json'}")
     assert words in problem
+
+
+def test_a_json_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    (problem,) = deepspeed_problems(with_json(tmp_path, {"zero_optimization": {"overlap_comm": True}}, stage=0))
+    assert "zero_optimization.overlap_comm does nothing with engine.zero_stage=0" in problem
 
 
 def test_a_json_that_agrees_is_merged(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from softmoe_train.parity.measure import Moved, Row, distance, move_distance, relative
+from softmoe_train.parity.measure import Moved, Row, distance, fingerprint, move_distance, relative
 from softmoe_train.parity.table import verdict
 
 
@@ -63,3 +63,14 @@ def test_the_verdict_names_the_parameter_before_the_number() -> None:
     ]
     assert verdict([Row("loss", 1e-6, {"": 0.0})]) == "parity holds: 1 comparisons in 1 rows"
     assert verdict(rows[:1]) == "parity FAILS: loss is off by 1.0e-01, allowed 1e-06"
+
+
+def test_a_fingerprint_tells_any_bit_and_any_order() -> None:
+    whole = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    mark = fingerprint(whole)
+    assert torch.equal(mark, fingerprint(whole.clone()))
+    swapped, nudged = whole.clone(), whole.clone()
+    swapped[[3, 700]] = swapped[[700, 3]]
+    nudged[999] = torch.nextafter(nudged[999], torch.tensor(9.0))
+    for other in (swapped, nudged, whole.flip(0)):
+        assert not torch.equal(mark, fingerprint(other))
