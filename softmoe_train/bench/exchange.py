@@ -118,8 +118,8 @@ def _sides(
 
     sides = [
         Side(FORWARD, forward, no_reset),
-        Side(BARE_FORWARD, lambda: bare(CROSSINGS[FORWARD]), no_reset),
-        Side(BARE_BOTH, lambda: bare(CROSSINGS[BOTH]), no_reset),
+        Side(BARE_FORWARD, lambda: bare(2), no_reset),
+        Side(BARE_BOTH, lambda: bare(4), no_reset),
         Side(BOTH, both, forget),
     ]
     return sides, sent.numel() * sent.element_size()
