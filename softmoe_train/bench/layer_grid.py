@@ -32,7 +32,7 @@ def bench_layer(settings: LayerSettings, device: torch.device) -> tuple[Outcome,
 def outcome_of(rows: list[LayerRow], settings: LayerSettings, device: torch.device) -> Outcome:
     """The table of what was measured."""
     peers = list(dict.fromkeys(name for row in rows for name in row.differences))
-    columns = ["dtype", "experts x slots", "images", "GFLOP", "layer ms", FLOOR, DENSE, *peers]
+    columns = ["dtype", "experts x slots", "images", "GFLOP", "layer ms", FLOOR, DENSE, *map(_in_lines, peers)]
     columns += ["saved MiB", "bound", "recomputed", "peak MiB", "weights MiB"]
     return Outcome(
         title=f"MoE layer, forward and backward: {settings.tokens} tokens, width {settings.width}, hidden {settings.hidden}",
@@ -41,6 +41,11 @@ def outcome_of(rows: list[LayerRow], settings: LayerSettings, device: torch.devi
         notes=_notes(rows, peers, settings.rounds) + _busy_notes(rows, device),
         rows=[row.as_json() for row in rows],
     )
+
+
+def _in_lines(peer: str) -> str:
+    """A peer's name as a narrow heading."""
+    return peer.replace(" + ", "\n+ ").replace("-of-", "-\nof-")
 
 
 def _cells(row: LayerRow, peers: list[str]) -> list[str]:
@@ -70,7 +75,7 @@ def _notes(rows: list[LayerRow], peers: list[str], rounds: int) -> list[str]:
         "saved: bytes that the forward keeps for its backward, the input included, parameters not; bound: 2 B s H + B (T + 2 s) D in "
         "the dtype and 2 B T s in float32, s slots an image; recomputed: what is kept under parallel.recompute=moe, the input",
     ]
-    notes += [f"{name} computes otherwise: {rows[0].differences[name]}" for name in peers]
+    notes += [f"{name}: {rows[0].differences[name]}" for name in peers]
     extra = max(row.flops_executed / row.shape.flops - 1 for row in rows)
     if extra:
         notes.append(f"the layer executed up to {extra:.1%} more FLOPs than the products that it is compared with")

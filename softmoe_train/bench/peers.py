@@ -55,7 +55,7 @@ class Autocast(nn.Module):
 def _with_our_router(peer: Peer, shape: LayerShape, *, unit_lengths: bool) -> list[Peer]:
     """The peer as it is, and as it is but with logits as ours: float32, and of unit lengths where it normalises nothing."""
     logits = "float32 logits of tokens and slot parameters of unit length" if unit_lengths else "float32 logits"
-    same = Peer(f"{peer.name}, our router", OurRouter(peer.module, shape, unit_lengths), f"as above, but {logits}")
+    same = Peer(f"{peer.name} + our router", OurRouter(peer.module, shape, unit_lengths), f"the same with {logits}")
     return [peer, same]
 
 
@@ -108,9 +108,9 @@ def _lucidrains(shape: LayerShape) -> Peer:
     for expert in layer.experts.experts:
         expert[1] = nn.GELU(approximate="tanh")
     return Peer(
-        f"soft-moe-pytorch {version('soft-moe-pytorch')}",
+        "soft-moe-pytorch",
         layer,
-        "RMS norm with a gain on tokens and slot parameters instead of unit length and one scale, mixes the normed tokens; its "
+        f"version {version('soft-moe-pytorch')} computes otherwise: RMS norm with a gain on tokens and slot parameters instead of unit length and one scale, mixes the normed tokens; its "
         "router follows autocast, ours stays float32; no scale to learn; one expert after another",
     )
 
@@ -127,8 +127,8 @@ def _fkodom(shape: LayerShape) -> Peer:
         MultiExpertLayer(shape.hidden, shape.width, shape.experts),
     )
     return Peer(
-        f"soft-mixture-of-experts {version('soft-mixture-of-experts')}",
+        "soft-mixture-of-experts",
         layer,
-        "no normalisation in the router, which follows autocast where ours stays float32; given our expert in place of its one "
+        f"version {version('soft-mixture-of-experts')} computes otherwise: no normalisation in the router, which follows autocast where ours stays float32; given our expert in place of its one "
         "linear map",
     )
