@@ -110,8 +110,9 @@ def _lucidrains(shape: LayerShape) -> Peer:
     return Peer(
         "soft-moe-pytorch",
         layer,
-        f"version {version('soft-moe-pytorch')} computes otherwise: RMS norm with a gain on tokens and slot parameters instead of unit length and one scale, mixes the normed tokens; its "
-        "router follows autocast, ours stays float32; no scale to learn; one expert after another",
+        f"version {version('soft-moe-pytorch')} computes otherwise: RMS norm with a gain on tokens and slot parameters instead of unit "
+        "length and one scale, mixes the normed tokens; its router follows autocast, ours stays float32; no scale to learn; one "
+        "expert after another",
     )
 
 
@@ -129,6 +130,6 @@ def _fkodom(shape: LayerShape) -> Peer:
     return Peer(
         "soft-mixture-of-experts",
         layer,
-        f"version {version('soft-mixture-of-experts')} computes otherwise: no normalisation in the router, which follows autocast where ours stays float32; given our expert in place of its one "
-        "linear map",
+        f"version {version('soft-mixture-of-experts')} computes otherwise: no normalisation in the router, which follows autocast where "
+        "ours stays float32; given our expert in place of its one linear map",
     )
