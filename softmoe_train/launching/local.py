@@ -5,19 +5,22 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from softmoe_train.launching.worker import LAUNCHER
 
 TOLD_CODES = (2, 3)  # a refused setting, a run that stopped itself: every rank ends so, and rank 0 has said why
+LOOK_SECONDS = 1.0  # more than lies between two looks of the agent at its workers, also on a busy host
 SURVIVOR_SECONDS = 3  # what the ranks beside a failed one get after SIGTERM: their step cannot be finished any more
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -36,7 +39,7 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int, told
         stack.enter_context(restored_signals())
         stack.enter_context(worker_environment(processes))
         stack.enter_context(quiet_elastic())
-        stack.enter_context(bounded_close(grace_seconds))
+        ended = stack.enter_context(bounded_close(grace_seconds))
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -52,7 +55,7 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int, told
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
-            return report_failure(error.failures, told)
+            return report_failure(error.failures, ended, told)
         except SignalException as error:
             return 128 + error.sigval
         except KeyboardInterrupt:  # before the agent had its handlers
@@ -60,9 +63,17 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int, told
         return 0
 
 
-def report_failure(failures: dict[int, ProcessFailure], told: Collection[int] = TOLD_CODES) -> int:
+@dataclass
+class Ended:
+    """What had ended when the agent first saw a failure, before it asked the other workers to end."""
+
+    ranks: set[int] = field(default_factory=set)
+    seen: float = 0.0  # seconds since the epoch
+
+
+def report_failure(failures: dict[int, ProcessFailure], ended: Ended, told: Collection[int] = TOLD_CODES) -> int:
     """Print the first failure last, the others in a line each before it, and return the exit code of the first."""
-    root, *others = sorted(failures, key=lambda rank: moment_of(failures[rank]))
+    root, *others = sorted(failures, key=lambda rank: moment_of(failures[rank], ended))
     trace = traceback_of(failures[root])
     if failures[root].exitcode in told and not trace:
         return failures[root].exitcode
@@ -77,15 +88,15 @@ def report_failure(failures: dict[int, ProcessFailure], told: Collection[int] = 
     return code if code > 0 else 128 - code
 
 
-def moment_of(failure: ProcessFailure) -> tuple[bool, float]:
-    """Sorts failures by cause: those the agent ended come last, the others by time.
+def moment_of(failure: ProcessFailure, ended: Ended) -> tuple[bool, float]:
+    """Sorts failures by cause: those that ended by themselves come before those that the agent ended, each by time.
 
-    An error file tells the nanosecond. A worker that was killed left none, and its time is when the agent saw it, cut
-    to the second: it comes before the errors that its death caused in the others, and after an error seconds before.
+    An error file tells the nanosecond. A worker that was killed left none: it ended within the second before the agent saw
+    it, and so comes before the errors of that second, which its death caused in the others.
     """
     path = Path(failure.error_file)
-    when = path.stat().st_mtime if path.is_file() else float(failure.timestamp)
-    return failure.exitcode == -signal.SIGTERM, when
+    when = path.stat().st_mtime if path.is_file() else ended.seen - LOOK_SECONDS
+    return failure.local_rank not in ended.ranks, when
 
 
 def ending_of(failure: ProcessFailure) -> str:
@@ -144,19 +155,23 @@ def quiet_elastic() -> Iterator[None]:
 
 
 @contextmanager
-def bounded_close(grace_seconds: int) -> Iterator[None]:
-    """Bounds how long the agent waits between asking workers to end and killing them.
+def bounded_close(grace_seconds: int) -> Iterator[Ended]:
+    """Bounds how long the agent waits between asking workers to end and killing them; fills what it yields just before.
 
     After a failure it waits 30 s, which no option reaches: it calls `close()` bare. On a signal it names the signal,
     and the workers may want the time to save.
     """
-    close = PContext.close
+    close, ended = PContext.close, Ended()
 
     def close_soon(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        if isinstance(self, SubprocessContext) and not ended.ranks:
+            handlers = self.subprocess_handlers.items()
+            ended.ranks = {rank for rank, handler in handlers if handler.proc.poll() is not None}
+            ended.seen = time.time()
         close(self, death_sig, SURVIVOR_SECONDS if death_sig is None else grace_seconds)
 
     PContext.close = close_soon
     try:
-        yield
+        yield ended
     finally:
         PContext.close = close

@@ -1,5 +1,6 @@
 """Real processes: what a launch of two workers does when all goes well, when one fails, and when it is told to stop."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from softmoe_train.launching.local import Ended, report_failure
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = """
@@ -117,6 +121,28 @@ def test_a_rank_that_was_killed_is_named_and_not_the_errors_it_caused(folder: Pa
     assert code == 128 + signal.SIGKILL
     assert err.strip().splitlines()[-1] == "rank 1 failed first: it was ended by SIGKILL"
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("raised", "by_itself", "code"),
+    [(999.98, True, 128 + signal.SIGKILL), (997.0, True, 1), (999.98, False, 1)],
+    ids=["in the same second", "seconds before", "killed by the agent"],
+)
+def test_a_kill_comes_before_the_errors_of_the_second_before_it_was_seen(
+    folder: Path, capsys: pytest.CaptureFixture[str], raised: float, by_itself: bool, code: int
+) -> None:
+    error_file = folder / "error.json"
+    error_file.write_text(
+        json.dumps({"message": {"message": "E", "extraInfo": {"py_callstack": "E", "timestamp": "999"}}})
+    )
+    os.utime(error_file, (raised, raised))
+    failures = {
+        0: ProcessFailure(local_rank=0, pid=10, exitcode=1, error_file=str(error_file)),
+        1: ProcessFailure(local_rank=1, pid=11, exitcode=-signal.SIGKILL, error_file=str(folder / "none")),
+    }
+    assert report_failure(failures, Ended({0, 1} if by_itself else {0}, seen=1000.03)) == code
+    first = 0 if code == 1 else 1
+    assert f"rank {first} failed first" in capsys.readouterr().err
 
 
 def test_an_exit_code_of_a_worker_is_the_exit_code_of_the_launch(folder: Path) -> None:
