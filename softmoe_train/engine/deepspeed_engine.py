@@ -171,6 +171,9 @@ def build_deepspeed_engine(
             config=settings(decided),
         )
     start_state(decided.optim, optimizer)
+    if decided.engine.offload_optimizer:
+        # It squares its own norm in float32: above 1.8e19 it would drop an update that ours makes, and not count it.
+        wrapped.optimizer.scaled_global_norm = lambda norm_type=2: torch.zeros(())
     if decided.engine.zero_stage == 0:
         copies = [topology.expert_dp.size() if name in layouts else topology.size for name in parameters]
         held: HeldState = ReplicatedState(parameters, optimizer, copies)

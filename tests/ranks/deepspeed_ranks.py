@@ -147,6 +147,20 @@ def skip_one(rank: int, layout: Layout) -> dict[str, Any]:
     }
 
 
+def huge_one(rank: int, layout: Layout) -> dict[bool, tuple[float, float, bool]]:
+    """One update from gradients that are huge but finite: their squares are beyond float32, and so would be a norm from them."""
+    seen = {}
+    for offload in (False, True):
+        engine = zero(layout, offload=offload)
+        engine.local["head.weight"].mul_(1e23)
+        engine.load_state_dict(engine.state_dict())
+        before = whole(engine.parameters)
+        accumulate(engine, rank, layout)
+        stats = engine.update(LR)
+        seen[offload] = (stats.norm.item(), stats.skipped.item(), not same(before, whole(engine.parameters)))
+    return seen
+
+
 def average_one(rank: int, layout: Layout) -> dict[str, bool]:
     """One update with averaging: the average, what stands in for the weights inside `averaged`, and what is left after."""
     engine, plain = zero(layout, average=EMA), zero(layout)
@@ -204,6 +218,7 @@ def on_two(rank: int, world: int, layouts: list[Layout], folder: str) -> dict[st
         "next": whole(native.state_dict()),
         "bf16": {layout: bf16_step(rank, layout) for layout in PAIRS},
         "skip": {layout: skip_one(rank, layout) for layout in PAIRS},
+        "huge": {layout: huge_one(rank, layout) for layout in PAIRS[1:]},
         "average": {layout: average_one(rank, layout) for layout in PAIRS[::2]},
         "variants": {name: variant(rank, layout, folder, **more) for name, (layout, more) in VARIANTS.items()},
     }

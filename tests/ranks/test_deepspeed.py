@@ -192,6 +192,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(pairs: list, layout: Layo
         assert rank["skip"][layout] == {"skipped": 1.0, "kept": True, "goes_on": True, "moved": True}
 
 
+@pytest.mark.parametrize("layout", PAIRS[1:], ids=str)
+def test_a_huge_gradient_is_clipped_on_the_host_as_on_the_device(pairs: list, layout: Layout) -> None:
+    for rank in pairs:
+        here, offloaded = rank["huge"][layout][False], rank["huge"][layout][True]
+        assert here[0] > 1e20
+        assert here[1:] == offloaded[1:] == (0.0, True)
+
+
 @pytest.mark.parametrize("layout", PAIRS[::2], ids=str)
 def test_the_average_follows_the_weights_and_leaves_training_alone(pairs: list, layout: Layout) -> None:
     for rank in pairs:
