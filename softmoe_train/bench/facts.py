@@ -64,6 +64,8 @@ def out_problems(key: str, path: str | None, suffix: str) -> list[str]:
         return []
     if not path.endswith(suffix):
         return [f"{key}={path} is not a {suffix} file; end it in {suffix}"]
+    if Path(path).is_dir():
+        return [f"{key}={path} is a folder; name a file"]
     folder = Path(path).resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return [f"{key}={path}: {folder} is not a folder that we may write to; make it, or give another path"]

@@ -11,6 +11,7 @@ from softmoe_train.bench.floor import LayerShape
 from softmoe_train.config import Record
 
 Positive = Annotated[int, Field(ge=1)]
+Some = Field(min_length=1)
 ListOf = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 Dtype = Literal["float32", "bfloat16"]
 
@@ -34,14 +35,14 @@ class Measuring(Record):
 class LayerSettings(Measuring):
     """Keys of `bench layer`: a grid of shapes, each in every dtype."""
 
-    experts: Annotated[list[Positive], ListOf]
+    experts: Annotated[list[Positive], Some, ListOf]
     total_slots: Positive  # of an image; each number of experts divides it
     cases: Annotated[list[str], ListOf]  # experts x slots per expert, as 128x1; [] takes experts over total_slots
-    images: Annotated[list[Positive], ListOf]
+    images: Annotated[list[Positive], Some, ListOf]
     tokens: Positive  # of an image
     width: Positive
     hidden: Positive
-    dtype: Annotated[list[Dtype], ListOf]
+    dtype: Annotated[list[Dtype], Some, ListOf]
     device: Literal["auto", "cpu", "cuda"]
     peers: bool
     picture: str | None
@@ -94,7 +95,7 @@ class LayerSettings(Measuring):
 class InferSettings(Measuring):
     """Keys of `bench infer`, beside those of a run."""
 
-    images: Annotated[list[Positive], ListOf]  # of a batch
+    images: Annotated[list[Positive], Some, ListOf]  # of a batch
 
 
 class StepSettings(Measuring):
@@ -106,7 +107,7 @@ class StepSettings(Measuring):
 class ExchangeSettings(Measuring):
     """Keys of `bench exchange`, beside those of a run."""
 
-    images: Annotated[list[Positive], ListOf]  # of a rank
+    images: Annotated[list[Positive], Some, ListOf]  # of a rank
 
 
 def _case(text: str) -> tuple[int, int] | None:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from softmoe_train.bench.settings import LayerSettings, StepSettings
@@ -30,6 +32,7 @@ def test_a_grid_has_every_number_of_experts_with_every_number_of_images() -> Non
         ("dtype=float16", "dtype.0='float16': input should be 'float32' or 'bfloat16'"),
         ("rounds=0", "rounds=0: input should be greater than or equal to 1"),
         ("out=result.txt", "out=result.txt is not a .json file; end it in .json"),
+        ("images=[]", "images=[]: list should have at least 1 item"),
         ("picture=/nowhere/a.png", "/nowhere is not a folder that we may write to"),
         ("width", "width: not an override; write key=value"),
     ],
@@ -53,3 +56,9 @@ def test_own_keys_are_told_from_those_of_a_run() -> None:
     own, others = split_overrides(StepSettings, RunConfig, overrides)
     assert own == ["rounds=3", "batchs=made"]
     assert others == ["recipe=debug", "model.moe.num_experts=4", "seed=1", "parallel.expert_axis=2"]
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    (tmp_path / "layer.json").mkdir()
+    _, problems = compose_own(LayerSettings, LAYER, [f"out={tmp_path}/layer.json"])
+    assert problems == [f"out={tmp_path}/layer.json is a folder; name a file"]
