@@ -58,6 +58,7 @@ class DeepSpeedEngine:
         self.held = held
         self.layouts = layouts
         self.optim = optim
+        self.clip_norm = optim.clip_norm
         self.loss: LossKind = loss
         self.global_batch = global_batch
         self.local = {name: p.detach() for name, p in module.named_parameters()}
@@ -86,7 +87,7 @@ class DeepSpeedEngine:
         parts, copies = self.held.gradient_parts()
         norm = grad_norm(parts, copies)
         skipped = (~norm.isfinite()).float()
-        clip_(parts, norm, self.optim.clip_norm)
+        clip_(parts, norm, self.clip_norm)
         optimizer = self.wrapped.basic_optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr

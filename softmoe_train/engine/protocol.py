@@ -21,6 +21,7 @@ class Engine(Protocol):
 
     module: nn.Module
     device: torch.device
+    clip_norm: float | None  # of the updates that come; None clips nothing
 
     def forward_backward(self, batch: Batch, *, last: bool) -> Tensor:
         """Add the gradients of one micro-batch; returns this rank's share of the mean loss, float32, detached."""

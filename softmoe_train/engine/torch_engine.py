@@ -47,6 +47,7 @@ class TorchEngine:
         self.parallel = parallel
         self.topology = topology
         self.optim = optim
+        self.clip_norm = optim.clip_norm
         self.loss: LossKind = loss
         self.global_batch = global_batch
         self.parameters = dict(module.named_parameters())
@@ -88,7 +89,7 @@ class TorchEngine:
         skipped = (~norm.isfinite()).float()
         for name, local in self._bound().items():
             local.grad = local_values(gradients[name])
-        clip_([local.grad for local in self.local.values() if local.grad is not None], norm, self.optim.clip_norm)
+        clip_([local.grad for local in self.local.values() if local.grad is not None], norm, self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue] (what GradScaler sets)

@@ -4,52 +4,75 @@ Every rank runs the same lines; only rank 0 holds the reference, and compares.
 """
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from softmoe_train.data.batch import Batch
-from softmoe_train.dist import World, control_group, gather_over_world, global_values, sum_over_world, wait_for_all
+from softmoe_train.dist import (
+    World,
+    control_group,
+    gather_over_world,
+    global_values,
+    local_values,
+    sum_over_world,
+    wait_for_all,
+)
 from softmoe_train.engine.protocol import Engine
-from softmoe_train.parity.measure import Moved, Row, distance, fingerprint, move_distance, relative, tolerances
+from softmoe_train.model.moe import MoE
+from softmoe_train.parity.measure import (
+    ROUNDING,
+    Moved,
+    Row,
+    apart,
+    distance,
+    fingerprint,
+    least_sizes,
+    relative,
+    tolerances,
+)
+from softmoe_train.parity.plain_layer import plain_weights
 from softmoe_train.parity.reference import Reference
-from softmoe_train.parity.state import parity_batch, perturb_engine
-from softmoe_train.run import build_engine, build_topology
+from softmoe_train.parity.state import parity_batch, perturb_engine, routing_tokens
+from softmoe_train.run import DTYPES, build_engine, build_topology
 from softmoe_train.settings import RunConfig
 
 LONGEST_WAIT = timedelta(hours=12)  # of the ranks for rank 0, which computes whole global batches alone
 
 Say = Callable[[str], None]
 UPDATE_ROUNDS, AVERAGE_ROUNDS = 2, 8  # how often each may round what it stores; a slow average moves by little more
+CLIPS = (0.5, 2.0)  # the limit of each update in gradient norms: one that clips, and one that must do nothing
 
 
 def prove(config: RunConfig, world: World, device: torch.device, dtype: torch.dtype, say: Say) -> list[Row]:
-    """Logits, loss and every gradient; then two updates of a fresh engine: loss, norm, weights, optimizer state.
+    """Routing, logits, loss and every gradient; then two updates of a fresh engine: loss, norm, weights, optimizer state.
 
-    `dtype` is that of the one process. Every rank of the default process group must call it; rank 0 gets the rows of the
-    table, the others none.
+    `dtype` is that of the one process, which starts the second update from what the layout's first one left: so each is
+    measured by itself. Every rank of the default process group must call it; rank 0 gets the rows of the table, the others none.
     """
     say("building the model of one process")
     reference = Reference(config, dtype, device) if world.main else None
     proof = _Proof(config, world, device, reference, say)
     wanted = proof.in_one_process(0)
     engine = proof.layout()
+    proof.routing(engine)
     proof.logits(engine, wanted[1])
     proof.loss("loss", engine, 0, wanted[0])
     proof.gradients(engine)
     del engine  # what its gradients were asked for takes the place of an update
     gc.collect()
     rate = proof.rate()
-    proof.clip()
     engine = proof.layout()
-    for update in (0, 1):
+    for update, norms in enumerate(CLIPS):
         if update:
             wanted = proof.in_one_process(update)
-        factor = proof.allowed.second if update else 1.0
-        proof.loss(f"update {update + 1}: loss", engine, update, wanted[0], factor=factor)
-        proof.update(f"update {update + 1}", engine, rate, factor=factor)
+        proof.clip(engine, norms)
+        proof.loss(f"update {update + 1}: loss", engine, update, wanted[0])
+        proof.update(f"update {update + 1}", engine, rate)
     return proof.rows
 
 
@@ -84,6 +107,21 @@ class _Proof:
         return found
 
     @torch.no_grad()
+    def routing(self, engine: Engine) -> None:
+        """Both weightings of every router, of tokens in the precision of the run: the router is float32 in all of them."""
+        self.say("comparing routers")
+        layers = {name: m for name, m in engine.module.named_modules() if isinstance(m, MoE)}
+        errors = {}
+        for name, layer in layers.items():
+            router = layer.router
+            x = routing_tokens(self.config, name, self.images).to(self.device, DTYPES[self.config.precision])
+            wanted = plain_weights(local_values(router.phi).double(), local_values(router.scale).double(), x.double())
+            got = router(x)
+            worst = max(distance(a, b) for a, b in zip((got.dispatch, got.combine), wanted, strict=True))
+            errors[f"{name}.router"] = gather_over_world(torch.tensor([worst], device=self.device)).max().item()
+        self._row("routing", self.allowed.routing, errors)
+
+    @torch.no_grad()
     def logits(self, engine: Engine, wanted: list[Tensor]) -> None:
         """What every image is answered."""
         self.say("comparing logits")
@@ -96,65 +134,71 @@ class _Proof:
                     size += want.square().sum().item()
         self._row("logits", self.allowed.logits, {"": relative(size**0.5 + error**0.5, size**0.5)})
 
-    def loss(self, what: str, engine: Engine, update: int, wanted: float, *, factor: float = 1.0) -> None:
+    def loss(self, what: str, engine: Engine, update: int, wanted: float) -> None:
         """The mean loss of a global batch; leaves the gradients in the engine."""
         self.say(f"the layout's {what}")
         batches = self._batches(update)
         losses = [engine.forward_backward(b, last=b is batches[-1]) for b in batches]
         loss = sum_over_world(torch.stack(losses).sum()).item()
-        self._row(what, self.allowed.loss * factor, {"": relative(loss, wanted)})
+        self._row(what, self.allowed.loss, {"": relative(loss, wanted)})
 
     def gradients(self, engine: Engine) -> None:
         """Every gradient, summed over the ranks, before the clip."""
-        got = engine.gradients()
-        self._compare("gradients", got, self.reference.gradients() if self.reference else {}, self.allowed.gradients)
+        want = self.reference.gradients() if self.reference else {}
+        self._compare("gradients", engine.gradients(), want, self.allowed.gradients)
 
-    def clip(self) -> None:
-        """From now on both sides clip, where the run clips at all, at half the norm: a clip that does nothing proves nothing."""
+    def clip(self, engine: Engine, norms: float) -> None:
+        """Have both sides clip, where the run clips at all, at so many gradient norms of the one process."""
         if self.config.optim.clip_norm is not None:
-            half = torch.tensor(self.reference.norm() / 2 if self.reference else 0.0, dtype=torch.float64)
-            limit = sum_over_world(half.to(self.device)).item()
-            optim = self.config.optim.model_copy(update={"clip_norm": limit})
-            self.config = self.config.model_copy(update={"optim": optim})
+            limit = self._of_rank_0(lambda reference: reference.norm() * norms)
+            engine.clip_norm = limit
             if self.reference is not None:
-                self.reference.clip_below(limit)
+                self.reference.clip_at(limit)
 
     def rate(self) -> float:
         """The learning rate of the updates, rank 0's on all."""
-        rate = torch.tensor(self.reference.rate() if self.reference else 0.0, dtype=torch.float64)
-        return sum_over_world(rate.to(self.device)).item()
+        return self._of_rank_0(Reference.rate)
 
-    def update(self, name: str, engine: Engine, rate: float, *, factor: float) -> None:
+    def update(self, name: str, engine: Engine, rate: float) -> None:
         """One update on both sides: the norm that clips it, the weights and the optimizer state that it leaves."""
         norms = gather_over_world(engine.update(rate).norm.reshape(1).double()).flatten().tolist()
         tensors = engine.state_dict()
-        moved: dict[str, Moved] = {}
-        averaged: dict[str, Moved] = {}
-        state: dict[str, Tensor] = {}
+        weights: dict[str, Moved] = {}
+        average: dict[str, Moved] = {}
+        state: dict[str, Tensor | Moved] = {}
         if self.reference is not None:
             norm = self.reference.norm()
             error = max((relative(got, norm) for got in norms), key=lambda e: (e != e, e))
-            self._row(f"{name}: gradient norm", self.allowed.norm * factor, {"": error})
+            self._row(f"{name}: gradient norm", self.allowed.norm, {"": error})
             self._row(f"{name}: norm across ranks", 0.0, {"": relative(max(norms), min(norms))})
-            moved, averaged = self._moved(self.reference, rate)
-            state = self.reference.state()
-        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        self._compare(f"{name}: weights", weights, moved, self.allowed.weights * factor)
-        average = {n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")}
-        average.pop("updates", None)
-        self._compare(f"{name}: average", average, averaged, self.allowed.weights * factor)
-        kept = {n: t for n, t in tensors.items() if n.startswith("optimizer.")}
-        self._compare(f"{name}: state", kept, state, self.allowed.state * factor)
+            weights, average, state = self._moved(self.reference, rate)
+        for what, want, tolerance in (
+            ("weights", weights, self.allowed.weights),
+            ("average", average, self.allowed.weights),
+            ("state", state, self.allowed.state),
+        ):
+            self._compare(f"{name}: {what}", _part(tensors, what), want, tolerance, adopt=True)
 
-    def _moved(self, reference: Reference, rate: float) -> tuple[dict[str, Moved], dict[str, Moved]]:
-        """The reference's update, of the weights and of their average."""
+    def _moved(
+        self, reference: Reference, rate: float
+    ) -> tuple[dict[str, Moved], dict[str, Moved], dict[str, Tensor | Moved]]:
+        """The reference's update, of the weights, of their average and of the optimizer, by the names of engines."""
         # The step of Adafactor takes the place of the gradient.
         gradients = {n: g.clone() for n, g in reference.gradients().items()}
-        before = [{n: w.clone() for n, w in kept.items()} for kept in (reference.values, reference.average)]
+        before = {n: t.clone() for n, t in self._stepwise(reference).items()}
         reference.update(rate)
-        sides = zip((reference.values, reference.average), before, (UPDATE_ROUNDS, AVERAGE_ROUNDS), strict=True)
-        weights, average = ({n: Moved(a[n], b[n], gradients[n], rounds) for n in b} for a, b, rounds in sides)
-        return weights, average
+        after = self._stepwise(reference)
+        moved = {n: Moved(after[n], t, gradients[_parameter(n)], _rounding(n, after[n])) for n, t in before.items()}
+        state = {**reference.state(), **_part(moved, "state")}
+        return _part(moved, "weights"), _part(moved, "average"), state
+
+    def _stepwise(self, reference: Reference) -> dict[str, Tensor]:
+        """What moves by steps whose size is not that of the gradient: weights, averages, the momentum of Adafactor."""
+        kept = {f"model.{n}": t for n, t in reference.values.items()}
+        kept |= {f"average.{n}": t for n, t in reference.average.items()}
+        if self.config.optim.kind == "adafactor":
+            kept |= {n: t for n, t in reference.state().items() if n.startswith("optimizer.exp_avg.")}
+        return kept
 
     def _batches(self, update: int) -> list[Batch]:
         """This rank's micro-batches of a global batch."""
@@ -166,28 +210,59 @@ class _Proof:
         self,
         what: str,
         got: Mapping[str, Tensor],
-        want: Mapping[str, Tensor] | Mapping[str, Moved],
+        want: Mapping[str, Tensor | Moved],
         tolerance: float,
+        *,
+        adopt: bool = False,
     ) -> None:
-        """One tensor at a time, gathered by all ranks in the same order and freed before the next."""
+        """One tensor at a time, gathered by all ranks in the same order and freed before the next, or adopted by the reference."""
         measured: dict[str, float] = {}
-        apart: dict[str, float] = {}
+        copies: dict[str, float] = {}
+        least = least_sizes(want, self.allowed.share)
         for i, (name, tensor) in enumerate(got.items()):
             self.say(f"comparing {what}, {i + 1} of {len(got)}")
             whole = global_values(tensor)
             marks = gather_over_world(fingerprint(whole))
-            apart[name] = float((marks != marks[0]).any(1).sum().item())
+            copies[name] = float((marks != marks[0]).any(1).sum().item())
             if self.reference is not None and name in want:
-                other = want[name]
-                measured[name] = distance(whole, other) if isinstance(other, Tensor) else move_distance(whole, other)
+                measured[name] = apart(whole, want[name], least[name])
+                if adopt and measured[name] < math.inf and not name.endswith(".updates"):
+                    self.reference.adopt(name, whole)
         # What only one side has is infinitely far.
         names = [*want, *(name for name in got if name not in want)]
-        errors = {name: measured.get(name, float("inf")) for name in names}
-        scalars = {name: error for name, error in errors.items() if name in got and got[name].numel() == 1}
-        self._row(what, tolerance, {name: error for name, error in errors.items() if name not in scalars})
-        self._row(f"{what}, scalars", max(tolerance, self.allowed.scalars), scalars)
-        self._row(f"{what}, copies", 0.0, apart)
+        self._row(what, tolerance, {name: measured.get(name, math.inf) for name in names})
+        self._row(f"{what}, copies", 0.0, copies)
 
     def _row(self, what: str, tolerance: float, errors: dict[str, float]) -> None:
         if self.reference is not None and errors:
-            self.rows.append(Row(what, tolerance, errors))
+            self.rows.append(Row(what, tolerance, {_shown(name): error for name, error in errors.items()}))
+
+    def _of_rank_0(self, number: Callable[[Reference], float]) -> float:
+        """What the reference says, on all ranks."""
+        value = torch.tensor(number(self.reference) if self.reference else 0.0, dtype=torch.float64)
+        return sum_over_world(value.to(self.device)).item()
+
+
+KINDS = {"weights": ("model.",), "average": ("average.",), "state": ("optimizer.", "average.updates")}
+T = TypeVar("T")
+
+
+def _part(tensors: Mapping[str, T], what: str) -> dict[str, T]:
+    """Those of an engine's tensors that are weights, averages or state; the count of averages is state."""
+    counted = "average.updates"
+    return {n: t for n, t in tensors.items() if n.startswith(KINDS[what]) and (n != counted or what == "state")}
+
+
+def _shown(name: str) -> str:
+    """A tensor's name beside the row that says what of it is meant."""
+    return name if name.endswith(".updates") else name.removeprefix("model.").removeprefix("average.")
+
+
+def _parameter(name: str) -> str:
+    """The parameter that `model.<name>`, `average.<name>` or `optimizer.<key>.<name>` belongs to."""
+    return name.split(".", 2 if name.startswith("optimizer.") else 1)[-1]
+
+
+def _rounding(name: str, tensor: Tensor) -> float:
+    rounds = AVERAGE_ROUNDS if name.startswith("average.") else UPDATE_ROUNDS
+    return rounds * ROUNDING.get(tensor.dtype, ROUNDING[torch.float32])  # float64 stands for what float32 stores

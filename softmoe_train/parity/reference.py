@@ -49,11 +49,21 @@ class Reference:
         shapes = {name: p.shape for name, p in self.parameters.items()}
         self.optimizer = build_optimizer(config.optim, self.values, shapes, alone)
 
-    def clip_below(self, limit: float) -> None:
-        """From now on clip at `limit`."""
+    def clip_at(self, limit: float) -> None:
+        """Clip the updates that come at `limit`."""
         self.config = self.config.model_copy(
             update={"optim": self.config.optim.model_copy(update={"clip_norm": limit})}
         )
+
+    def adopt(self, name: str, tensor: Tensor) -> None:
+        """Go on from another's value of one tensor, under the name that engines give it."""
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            key, _, rest = rest.partition(".")
+            own = self.optimizer.state[self.values[rest]][key]
+        else:
+            own = {"model": self.values, "average": self.average}[kind][rest]
+        own.copy_(tensor)
 
     def forward_backward(self, update: int, size: int, say: Callable[[str], None]) -> tuple[float, list[Tensor]]:
         """Gradients of a whole global batch in parts of `size` images; returns the mean loss and each part's logits."""
@@ -107,7 +117,7 @@ class Reference:
                 average.mul_(keep).add_(self.values[name], alpha=1 - keep)
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's state under the names that engines give it."""
+        """The optimizer's state, and the counts of updates, under the names that engines give them."""
         states = self.optimizer.state
         named = {
             f"optimizer.{key}.{name}": states[values][key]
@@ -116,4 +126,6 @@ class Reference:
         }
         if self.config.optim.kind != "sgd":
             named["optimizer.updates"] = next(iter(states.values()))["step"].reshape(1)
+        if self.config.average is not None:
+            named["average.updates"] = torch.tensor([self.updates])
         return named

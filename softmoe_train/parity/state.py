@@ -48,6 +48,12 @@ def perturb_(weights: Mapping[str, Tensor], seed: int) -> None:
         values.add_(noise.values)
 
 
+def routing_tokens(config: RunConfig, layer: str, images: int) -> Tensor:
+    """Normal tokens ("B T D") for the router of `layer`, by (seed, layer) alone."""
+    generator = _generator(f"{config.seed}/parity/tokens/{layer}")
+    return torch.randn(images, config.model.num_tokens, config.model.width, generator=generator)
+
+
 def parity_batch(config: RunConfig, update: int, rows: range) -> Batch:
     """Images of random bytes with random labels, each by (seed, update, row) alone: no data is read.
 
@@ -66,8 +72,7 @@ def parity_batch(config: RunConfig, update: int, rows: range) -> Batch:
 
 
 def _sample(config: RunConfig, sample: int) -> tuple[Tensor, Tensor]:
-    key = hashlib.sha256(f"{config.seed}/parity/{sample}".encode()).digest()
-    generator = Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    generator = _generator(f"{config.seed}/parity/{sample}")
     size, classes = config.model.image_size, config.model.num_classes
     image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
     label = torch.randint(0, classes, (), generator=generator)
@@ -75,3 +80,7 @@ def _sample(config: RunConfig, sample: int) -> tuple[Tensor, Tensor]:
         return image, label
     others = torch.randint(0, classes, (sample % 3,), generator=generator)
     return image, F.one_hot(torch.cat([label.reshape(1), others]), classes).amax(0).float()
+
+
+def _generator(key: str) -> Generator:
+    return Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)

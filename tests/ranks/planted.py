@@ -9,13 +9,16 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from softmoe_train.commands.main import main
+from softmoe_train.engine import torch_engine
 from softmoe_train.engine.protocol import GradStats
 from softmoe_train.engine.torch_engine import TorchEngine
+from softmoe_train.model import routing
 from softmoe_train.model.moe import Experts
 from softmoe_train.parallel.exchange import AllToAllExchange
 
 THROUGH = AllToAllExchange.through
 UPDATE = TorchEngine.update
+LOGITS = routing._logits
 SET_FACTOR = FSDPModule.set_gradient_divide_factor
 
 
@@ -57,6 +60,31 @@ def drifted(self: TorchEngine, lr: float) -> GradStats:
     return stats
 
 
+def upscaled(gradients: list[Tensor], norm: Tensor, limit: float | None) -> None:
+    """A clip that also lengthens what is shorter than its limit."""
+    if limit is not None:
+        torch._foreach_mul_(gradients, limit / norm)
+
+
+def rounded(x: Tensor, phi: Tensor, scale: Tensor) -> Tensor:
+    """A router that computes its logits from bf16."""
+    return LOGITS(x.bfloat16().to(x.dtype), phi.bfloat16().to(phi.dtype), scale)
+
+
+def undecayed(self: TorchEngine, lr: float) -> GradStats:
+    """No weight decays."""
+    for group in self.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    return UPDATE(self, lr)
+
+
+def forgetful(self: TorchEngine, lr: float) -> GradStats:
+    """Every update finds a hundredth of the moments of the one before it missing."""
+    for state in self.optimizer.state.values():
+        state["exp_avg"].mul_(0.99)
+    return UPDATE(self, lr)
+
+
 if __name__ == "__main__":
     match sys.argv[1]:
         case "permuted":
@@ -65,6 +93,14 @@ if __name__ == "__main__":
             AllToAllExchange.through = swapped
         case "drifted":
             TorchEngine.update = drifted
+        case "undecayed":
+            TorchEngine.update = undecayed
+        case "forgetful":
+            TorchEngine.update = forgetful
+        case "upscaled":
+            torch_engine.clip_ = upscaled
+        case "rounded":
+            routing._logits = rounded
         case "averaged":
             FSDPModule.set_gradient_divide_factor = averaged
     sys.exit(main(sys.argv[2:]))

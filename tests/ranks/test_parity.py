@@ -43,7 +43,11 @@ def test_two_processes_hold_and_programs_can_read_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "ranks", "layout", "first"),
     [
-        ("permuted", 2, [], "gradients blocks.1.moe.router.phi is off by"),
+        ("upscaled", 1, [], "update 2: weights "),
+        ("undecayed", 1, ["precision=bfloat16"], "update 1: weights "),
+        ("forgetful", 1, [], "update 2: weights "),
+        ("rounded", 1, ["precision=bfloat16"], "routing blocks.1.moe.router is off by "),
+        ("permuted", 2, [], "gradients blocks.1.moe.router."),
         ("drifted", 2, [], "update 1: weights, copies norm.bias is off by 1.0e+00"),
         ("swapped", 2, [], "gradients head.bias is off by"),
         (

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from softmoe_train.parity.measure import Moved, Row, distance, fingerprint, move_distance, relative
+from softmoe_train.parity.measure import Moved, Row, distance, fingerprint, least_sizes, move_distance, relative
 from softmoe_train.parity.table import verdict
+
+ROUNDING = 2 * 2.0**-24  # two of float32
 
 
 def test_a_distance_is_relative_to_what_is_wanted() -> None:
@@ -32,19 +34,31 @@ def test_a_wrong_step_counts_by_its_gradient() -> None:
     want = -0.01 * gradient.sign()
     chance = want.clone()
     chance[3] *= -1  # a sign that rounding decides
-    assert move_distance(chance, Moved(want, before, gradient, 2)) < 1e-8
+    assert move_distance(chance, Moved(want, before, gradient, ROUNDING)) < 1e-8
     wrong = want.clone()
     wrong[0] *= -1
-    assert move_distance(wrong, Moved(want, before, gradient, 2)) == pytest.approx(2 / 3)
-    assert move_distance(want * 1.01, Moved(want, before, gradient, 2)) == pytest.approx(0.01, rel=1e-3)
+    assert move_distance(wrong, Moved(want, before, gradient, ROUNDING)) == pytest.approx(2 / 3)
+    assert move_distance(want * 1.01, Moved(want, before, gradient, ROUNDING)) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_what_float32_cannot_store_does_not_count() -> None:
     before = torch.ones(8, dtype=torch.float64)
     want = before - 1.23456789e-4
     gradient = torch.ones(8)
-    assert move_distance(want.float(), Moved(want, before, gradient, 2)) == 0
-    assert move_distance(want.float() + 1e-6, Moved(want, before, gradient, 2)) > 1e-3
+    assert move_distance(want.float(), Moved(want, before, gradient, ROUNDING)) == 0
+    assert move_distance(want.float() + 1e-6, Moved(want, before, gradient, ROUNDING)) > 1e-3
+
+
+def test_a_tensor_of_next_to_nothing_is_measured_by_its_share_of_the_whole() -> None:
+    large, tiny, other = torch.full((4,), 2.0), torch.full((4,), 1e-9), torch.full((4,), 8.0)
+    want = {"optimizer.exp_avg.a": large, "optimizer.exp_avg.b": tiny, "optimizer.exp_avg_sq.a": other}
+    least = least_sizes(want, 1e-3)
+    assert least["optimizer.exp_avg.a"] == least["optimizer.exp_avg.b"] == pytest.approx(4e-3)
+    assert least["optimizer.exp_avg_sq.a"] == pytest.approx(16e-3)
+    assert distance(2 * tiny, tiny, least["optimizer.exp_avg.b"]) == pytest.approx(5e-7)
+    assert distance(large * 1.01, large, least["optimizer.exp_avg.a"]) == pytest.approx(0.01, rel=1e-5)
+    moves = {name: Moved(t + 0.1, t, t, 0.0) for name, t in (("a", large), ("b", tiny))}
+    assert least_sizes(moves, 1e-3)["b"] == pytest.approx(1e-3 * 4 * 2 * 0.1, rel=1e-3)
 
 
 def test_the_worst_and_the_first_that_backward_reaches() -> None:
