@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from softmoe_train.config import compose
+from softmoe_train.dist import World
 from softmoe_train.faults.claim import claim
+from softmoe_train.run import train
+from softmoe_train.settings import RunConfig, check
 from tests.runs import ROOT, SHARED, environment, softmoe
 
 CIFAR = [f"data.train={SHARED}/cifar10-train-{{000000..000001}}.tar", f"data.test={SHARED}/cifar10-test-000000.tar"]
@@ -59,9 +63,10 @@ def test_cfg_job_needs_no_data(tmp_path: Path) -> None:
 
 
 def first_line(folder: Path, *overrides: str) -> dict[str, float]:
-    run = f"run_dir=runs/{abs(hash(overrides))}"
-    softmoe("recipe=debug", "steps=2", "schedule.warmup_steps=1", "observe.every=1", run, *overrides, folder=folder)
-    return json.loads((folder / run.split("=")[1] / "metrics.jsonl").read_text().splitlines()[1])
+    run = folder / str(abs(hash(overrides)))
+    steps = ["recipe=debug", "steps=2", "schedule.warmup_steps=1", "observe.every=1", "observe.wandb.mode=disabled"]
+    train(compose(RunConfig, [*steps, f"run_dir={run}", *overrides], lambda c: check(c, 1, 1)), World(0, 1, 0, 1))
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
 
 
 def test_every_setting_that_shapes_the_numbers_reaches_the_run(tmp_path: Path) -> None:

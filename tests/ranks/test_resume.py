@@ -54,12 +54,16 @@ def copy_of(run: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
-def test_ten_and_ten_steps_equal_twenty_bit_for_bit(folder: Path, sharding: str) -> None:
+def test_ten_and_ten_steps_equal_twenty_bit_for_bit(
+    folder: Path, sharding: str, request: pytest.FixtureRequest
+) -> None:
     how = f"parallel.sharding={sharding}"
-    one = go(folder, f"one_{sharding}", 2, 2, how)
-    two = go(folder, f"two_{sharding}", 2, 2, how, "stop_after=10")
+    if sharding == "replicated":
+        one, two = request.getfixturevalue("whole"), folder / copy_of(request.getfixturevalue("half"), "two")
+    else:
+        one, two = go(folder, "one_fsdp", 2, 2, how), go(folder, "two_fsdp", 2, 2, how, "stop_after=10")
     assert sorted(metrics(two, "train/loss")) == list(range(1, 11))
-    go(folder, f"two_{sharding}", 2, 2, how)
+    go(folder, two.name, 2, 2, how)
     assert metrics(one, "train/loss") == metrics(two, "train/loss")
     assert metrics(one, "train/grad_norm") == metrics(two, "train/grad_norm")
     assert metrics(one, "upstream/test/loss")[20] == metrics(two, "upstream/test/loss")[20]
