@@ -37,7 +37,7 @@ class TrainState:
     images_seen: int
     cursor: Cursor
     wandb_id: str
-    skipped_updates: int = 0  # no-ops for a gradient that was not finite, as of the last report
+    skipped_updates: int = 0  # no-ops for a loss or gradient that was not finite, as of the last report
     broken_samples: int = 0  # replaced while training, over all ranks, as of the last report
 
     def loop_document(self) -> dict[str, Any]:
@@ -115,15 +115,15 @@ class FiniteWatch:
     def check(self, step: int) -> None:
         """Raise NonFiniteLossError on every rank if any loss was not finite, or if nothing has been learned for a while.
 
-        The updates in question were no-ops: weights are intact.
+        The updates in question were no-ops and nothing is saved without this check: weights and checkpoints are intact.
         """
         firsts = gather_over_world(self.first).tolist()
         bad = [first for first in firsts if first >= 0]
         if bad:
             ranks = [rank for rank, first in enumerate(firsts) if first == min(bad)]
             raise NonFiniteLossError(
-                f"the loss was not finite at step {min(bad)} on rank {', '.join(map(str, ranks))}; weights are those of step "
-                f"{min(bad) - 1}, no checkpoint of later steps was made. {REMEDY}"
+                f"the loss was not finite at step {min(bad)} on rank {', '.join(map(str, ranks))}; that update "
+                f"was a no-op, and no checkpoint was made since. {REMEDY}"
             )
         if self.streak.item() >= MOST_SKIPPED:
             raise NonFiniteLossError(

@@ -61,6 +61,7 @@ class DeepSpeedEngine:
         self.clip_norm = optim.clip_norm
         self.loss: LossKind = loss
         self.global_batch = global_batch
+        self.loss_seen = torch.zeros((), device=self.device)  # this rank's, since the last update
         self.local = {name: p.detach() for name, p in module.named_parameters()}
         self.parameters = self._placed(self.local)
         self.average = WeightAverage(average, self.local) if average is not None else None
@@ -74,6 +75,7 @@ class DeepSpeedEngine:
         logits = self.wrapped(batch.images)
         loss = classification_loss(logits, batch.labels, self.loss).sum() / self.global_batch
         self.wrapped.backward(loss)
+        self.loss_seen += loss.detach()
         return loss.detach()
 
     @torch.no_grad()
@@ -83,9 +85,9 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def update(self, lr: float) -> GradStats:
-        """Clip by the global norm, step, gather the weights. A non-finite norm makes it a no-op, decided on the device."""
+        """Clip by the global norm, step, gather the weights. A norm or a loss that is not finite makes it a no-op, decided on the device."""
         parts, copies = self.held.gradient_parts()
-        norm = grad_norm(parts, copies)
+        norm = grad_norm(parts, copies, self.loss_seen)
         skipped = (~norm.isfinite()).float()
         clip_(parts, norm, self.clip_norm)
         optimizer = self.wrapped.basic_optimizer
@@ -93,6 +95,7 @@ class DeepSpeedEngine:
             group["lr"] = lr
         optimizer.found_inf = skipped  # what GradScaler sets
         self.wrapped.step()
+        self.loss_seen.zero_()
         stats = GradStats(norm.to(self.device), skipped.to(self.device))
         if self.average is not None:
             self.average.update(self.local, stats.skipped)

@@ -12,7 +12,7 @@ from softmoe_train.data.batch import Batch
 class GradStats(NamedTuple):
     """What an update saw, as tensors on the device: reading them is the log's business."""
 
-    norm: Tensor  # global gradient norm before the clip, float32
+    norm: Tensor  # global gradient norm before the clip, float32; nan where the loss of a rank was not finite
     skipped: Tensor  # 1.0 where the norm was not finite and the update was a no-op
 
 

@@ -50,6 +50,7 @@ class TorchEngine:
         self.clip_norm = optim.clip_norm
         self.loss: LossKind = loss
         self.global_batch = global_batch
+        self.loss_seen = torch.zeros((), device=self.device)  # this rank's, since the last update
         self.parameters = dict(module.named_parameters())
         self.local = {name: local_values(p) for name, p in self.parameters.items()}
         self.reducer = GradReducer(self.parameters.values(), topology)
@@ -72,6 +73,7 @@ class TorchEngine:
         logits = self.module(batch.images)
         loss = classification_loss(logits, batch.labels, self.loss).sum() / self.global_batch
         loss.backward()
+        self.loss_seen += loss.detach()
         return loss.detach()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -83,9 +85,9 @@ class TorchEngine:
 
     @torch.no_grad()
     def update(self, lr: float) -> GradStats:
-        """Reduce, clip by the global norm, step. A non-finite norm makes it a no-op, decided on the device."""
+        """Reduce, clip by the global norm, step. A norm or a loss that is not finite makes it a no-op, decided on the device."""
         gradients = self.gradients()
-        norm = grad_norm(list(gradients.values()), self.copies)
+        norm = grad_norm(list(gradients.values()), self.copies, self.loss_seen)
         skipped = (~norm.isfinite()).float()
         for name, local in self._bound().items():
             local.grad = local_values(gradients[name])
@@ -96,6 +98,7 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.module.zero_grad()
+        self.loss_seen.zero_()
         if self.average is not None:
             self.average.update(self.local, skipped)
         return GradStats(norm, skipped)

@@ -114,14 +114,18 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(local_values(p).nbytes for p in parameters)
 
 
-def grad_norm(gradients: Sequence[Tensor], copies: Tensor) -> Tensor:
+def grad_norm(gradients: Sequence[Tensor], copies: Tensor, loss: Tensor) -> Tensor:
     """The 2-norm of the whole gradient, float32, equal on all ranks; each value counted once, whatever the layout.
 
-    `copies` is what `copies_of` says of the same parameters.
+    `copies` is what `copies_of` says of the same parameters. `loss` is this rank's: the norm is nan where that of any rank is
+    not finite.
     """
     # In float64: the CPU sums one value after another, and 75 million in float32 come out 0.7 % too small.
     norms = torch._foreach_norm([local_values(g) for g in gradients], 2, dtype=torch.float64)
-    return sum_over_world((torch.stack(norms).square() / copies).sum()).sqrt().float()
+    squares = (torch.stack(norms).square() / copies).sum()
+    # A loss can overflow under a finite gradient (that of the sigmoid is at most 1). Times zero it is 0 or nan, so one sum tells
+    # every rank of both. To `copies`: an optimizer on the host measures there.
+    return sum_over_world(squares + 0 * loss.to(copies)).sqrt().float()
 
 
 def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float | None) -> None:

@@ -14,8 +14,9 @@ from softmoe_train.dist import World, control_group
 from softmoe_train.evals.upstream import UpstreamConfig, UpstreamEvaluator
 from softmoe_train.loop import NonFiniteLossError, Plan, TrainState, fit
 from softmoe_train.observe.log import SilentLog
+from tests.ranks.deepspeed_ranks import same, whole, zero
 from tests.ranks.launch import run_ranks
-from tests.ranks.small import GLOBAL_BATCH, build, global_batch, share
+from tests.ranks.small import ADAMW, GLOBAL_BATCH, build, global_batch, share
 
 
 class Stream:
@@ -70,7 +71,9 @@ def run(rank: int, world: int, folder: str, bad: dict[int, int], report_every: i
 def test_a_non_finite_loss_stops_all_ranks_and_names_step_and_rank(tmp_path: Path) -> None:
     ranks = run_ranks(run, 2, str(tmp_path), {3: 1}, 1)
     for r in ranks:
-        assert r["reason"].startswith("the loss was not finite at step 3 on rank 1;")
+        assert r["reason"].startswith(
+            "the loss was not finite at step 3 on rank 1; that update was a no-op, and no checkpoint"
+        )
         assert r["step"] == 3
         assert r["latest"] == "step_00000002"
         assert r["finite"]
@@ -119,6 +122,37 @@ def test_a_run_that_learns_nothing_stops(tmp_path: Path) -> None:
     for said, unmoved in run_ranks(never_updates, 2, str(tmp_path)):
         assert said.startswith("the gradient norm was not finite in the last 12 steps, up to 12: no update was made.")
         assert unmoved
+
+
+def overflows_alone(rank: int, world: int) -> dict[str, tuple[float, bool, bool]]:
+    """An update after a loss of rank 1 alone that is not finite, while every gradient is: of each engine, and the next one."""
+    engines = {"torch": build(rank, world, expert_axis=world, sharding="replicated", optim=ADAMW)}
+    engines |= {f"ZeRO {stage}": zero((world, world, stage, 2), optim=ADAMW) for stage in (0, 1, 2)}
+    seen = {}
+    for name, engine in engines.items():
+        before = whole(engine.state_dict())
+        bias = engine.local["head.bias"]
+        start = bias.clone()
+        losses = []
+        for part in share(rank, world, micro_batches=2):
+            if rank == 1 and not losses:  # one micro-batch of two
+                bias.fill_(3e38)  # ten such logits are beyond float32, the sigmoid of each is 1
+            losses.append(engine.forward_backward(part, last=bool(losses)))
+            bias.copy_(start)
+        assert torch.stack(losses).isfinite().all().item() == (rank == 0)
+        assert all(gradient.isfinite().all() for gradient in whole(engine.gradients()).values())
+        skipped = engine.update(0.01).skipped.item()
+        kept = same(whole(engine.state_dict()), before)
+        for part in share(rank, world, micro_batches=1):
+            engine.forward_backward(part, last=True)
+        seen[name] = (skipped, kept, engine.update(0.01).skipped.item() == 0)
+    return seen
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_makes_the_update_a_no_op_on_all() -> None:
+    for seen in run_ranks(overflows_alone, 2):
+        assert len(seen) == 4
+        assert set(seen.values()) == {(1.0, True, True)}, seen
 
 
 class Recorder:
