@@ -3,6 +3,7 @@
 Read this file first, then loop.py, then model/moe.py.
 """
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
 from softmoe_train.data import Cursor, ImageStream, build_eval_stream, build_stream, make_indexes
-from softmoe_train.dist import World, control_group, gather_texts, pick_device, process_group
+from softmoe_train.dist import World, control_group, gather_over_world, gather_texts, pick_device, process_group
 from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
@@ -24,6 +25,7 @@ from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
 from softmoe_train.optim.schedule import learning_rate
+from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
 
@@ -60,14 +62,21 @@ def train(config: RunConfig, world: World) -> str:
 
 
 def build_topology(config: RunConfig, world: World, device: torch.device) -> Topology:
-    """The meshes of the settings, over the default process group; every rank calls it."""
-    return Topology.build(
-        config.parallel,
-        num_experts=config.model.num_experts,
-        device=device,
-        size=world.size,
-        local_size=world.local_size,
-    )
+    """The meshes of the settings, over the default process group; every rank calls it.
+
+    Raises ConfigError on every rank where the hosts do not allow what the settings leave to them.
+    """
+    # Hosts may have different numbers of ranks, and all must cut the expert axis alike: runs of this many lie on one host.
+    hosts = sorted(set(gather_over_world(torch.tensor(world.local_size, device=device)).tolist()))
+    local_size = math.gcd(*hosts)
+    experts = config.model.num_experts
+    problems = layout_problems(config.parallel, num_experts=experts, size=world.size, local_size=local_size)
+    if problems:
+        where = (
+            "" if len(hosts) == 1 else f" (hosts have {' or '.join(map(str, hosts))} ranks, multiples of {local_size})"
+        )
+        raise ConfigError([problem + where for problem in problems])
+    return Topology.build(config.parallel, num_experts=experts, device=device, size=world.size, local_size=local_size)
 
 
 def build_engine(config: RunConfig, topology: Topology, device: torch.device) -> TorchEngine | DeepSpeedEngine:

@@ -117,7 +117,9 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
 def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]:
     """The mistakes that have nothing to do with files: layout, micro-batches, device, engine."""
     experts = config.model.num_experts
-    problems = layout_problems(config.parallel, num_experts=experts, size=size, local_size=local_size)
+    # Of several hosts each knows its own ranks only: one would refuse alone. `run.build_topology` judges when all have told.
+    on_host = local_size if local_size == size else None
+    problems = layout_problems(config.parallel, num_experts=experts, size=size, local_size=on_host)
     if config.batch_size % size == 0 and config.batch_size // size % config.micro_batches:
         problems.append(
             f"micro_batches={config.micro_batches} does not divide the {config.batch_size // size} images that each of {size} "

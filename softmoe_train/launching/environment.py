@@ -40,13 +40,21 @@ def adopt_environment(environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
-    if each := re.fullmatch(r"(\d+)(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        environ["LOCAL_WORLD_SIZE"] = each[1]  # where hosts have different numbers of tasks, nothing relies on it
+    here = tasks_of_hosts(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = 0 if len(set(here)) == 1 else int(environ.get("SLURM_NODEID", len(here)))  # among the hosts of the step
+    if node < len(here):
+        environ["LOCAL_WORLD_SIZE"] = str(here[node])
     if "MASTER_ADDR" not in environ:
         environ["MASTER_ADDR"] = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
     if "MASTER_PORT" not in environ:
         job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
         environ["MASTER_PORT"] = str(PORTS[(job * 101 + step) % len(PORTS)])
+
+
+def tasks_of_hosts(counts: str) -> list[int]:
+    """SLURM's compressed numbers of tasks, host by host: `4(x2),2` is 4, 4, 2; nothing where it is not given."""
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(tasks) for tasks, times in runs for _ in range(int(times or 1))]
 
 
 def first_host(nodelist: str) -> str:

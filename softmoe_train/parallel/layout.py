@@ -65,8 +65,8 @@ def node_size(config: ParallelConfig, *, axis: int, local_size: int) -> int:
     return config.node_size or math.gcd(axis, local_size)
 
 
-def layout_problems(config: ParallelConfig, *, num_experts: int, size: int, local_size: int) -> list[str]:
-    """What is wrong with the axes for `size` ranks, `local_size` of them on a host, each with the legal values."""
+def layout_problems(config: ParallelConfig, *, num_experts: int, size: int, local_size: int | None) -> list[str]:
+    """What is wrong with the axes for `size` ranks, `local_size` of them (None: not known yet) on a host, with the legal values."""
     R = expert_axis(config, num_experts=num_experts, size=size)
     problems = _expert_axis_problems(R, num_experts, size)
     return problems or _copy_problems(config, R, size) + _stage_problems(config, R, size, local_size)
@@ -108,10 +108,12 @@ def _copy_problems(config: ParallelConfig, R: int, size: int) -> list[str]:
     ]
 
 
-def _stage_problems(config: ParallelConfig, R: int, size: int, local_size: int) -> list[str]:
+def _stage_problems(config: ParallelConfig, R: int, size: int, local_size: int | None) -> list[str]:
     """Why a legal expert axis has no two stages; with an axis of 1 there is no exchange, and nothing to refuse."""
-    n = node_size(config, axis=R, local_size=local_size)
-    if config.exchange != "two_stage" or R == 1 or (R % n == 0 and 1 < n < R):
+    if config.exchange != "two_stage" or R == 1 or (config.node_size is None and local_size is None):
+        return []
+    n = node_size(config, axis=R, local_size=local_size or size)
+    if R % n == 0 and 1 < n < R:
         return []
     legal = [d for d in range(2, R) if R % d == 0]
     remedy = f"set parallel.node_size to {_listed(legal)}, or " if legal else ""
@@ -119,7 +121,7 @@ def _stage_problems(config: ParallelConfig, R: int, size: int, local_size: int) 
     if config.node_size is not None:
         return [f"parallel.node_size={n} does not cut an expert axis of {R} ranks into nodes of several; {remedy}"]
     return [
-        f"parallel.exchange=two_stage, but with {local_size} of {size} ranks on each host an expert axis of {R} has {n} on a "
+        f"parallel.exchange=two_stage, but with {local_size} of {size} ranks to a host an expert axis of {R} has {n} on a "
         f"node, so there are no two stages; {remedy}"
     ]
 

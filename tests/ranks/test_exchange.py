@@ -5,12 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from softmoe_train.config import ConfigError, compose
+from softmoe_train.dist import World
 from softmoe_train.model.moe import LocalExchange
 from softmoe_train.parallel.exchange import NarrowExchange, build_exchange
 from softmoe_train.parallel.topology import Topology
+from softmoe_train.run import build_topology
+from softmoe_train.settings import RunConfig
 from tests.ranks.launch import run_ranks
 from tests.ranks.small import build, parallel_config, reference, share
 
@@ -131,6 +136,28 @@ def test_a_bfloat16_wire_rounds_twice_on_the_way_there_and_back() -> None:
         error = ((got - want).abs() / want.abs()).max().item()
         # Half a unit in the last of 8 bits, twice; the product between them is float32.
         assert 2**-8 < error < 1.01 * 2**-7, f"{which}: {error:.1e}"
+
+
+def hosts_of_four_and_two(rank: int, world: int) -> list[Any]:
+    """The stages of an axis of 4 ranks as (between, within), or why there are none, where ranks know of hosts that differ."""
+    config = compose(RunConfig, ["recipe=debug", "parallel.exchange=two_stage"], lambda _: [])
+    seen: list[Any] = []
+    for hosts in ([4, 4, 2, 2], [2, 2, 1, 1]):
+        try:
+            topology = build_topology(config, World(rank, world, 0, hosts[rank]), torch.device("cpu"))
+            assert topology.ep_stages is not None
+            seen.append([dist.get_process_group_ranks(stage.get_group()) for stage in topology.ep_stages])
+        except ConfigError as error:
+            seen.append(error.problems)
+    return seen
+
+
+def test_ranks_of_hosts_that_differ_cut_the_axis_alike_or_refuse_it_alike() -> None:
+    for rank, (stages, (problem,)) in enumerate(run_ranks(hosts_of_four_and_two, R)):
+        assert stages == [[rank % 2, 2 + rank % 2], [rank // 2 * 2, rank // 2 * 2 + 1]]
+        assert (
+            "set parallel.node_size to 2, or use parallel.exchange=flat (hosts have 1 or 2 ranks, multiples" in problem
+        )
 
 
 class Order(TorchDispatchMode):

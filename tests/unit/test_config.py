@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, load_yaml, parse, save_yaml
-from softmoe_train.settings import RunConfig, changed_settings, check
+from softmoe_train.settings import RunConfig, changed_settings, check, compute_problems
 
 FOLDER = config_folder()
 GROUPS = sorted(
@@ -159,12 +159,20 @@ def test_a_model_without_experts_has_none_to_spread() -> None:
         ),
         ("parallel.node_size=1", "parallel.node_size=1: input should be greater than or equal to 2"),
         ("parallel.node_size=2", "parallel.node_size=2 is used by parallel.exchange=two_stage alone"),
-        ("parallel.exchange=two_stage", "with 4 of 4 ranks on each host an expert axis of 4 has 4 on a node"),
+        ("parallel.exchange=two_stage", "with 4 of 4 ranks to a host an expert axis of 4 has 4 on a node"),
     ],
 )
 def test_a_wrong_exchange_is_refused_in_plain_words(override: str, said: str) -> None:
     (problem,) = problems_of("recipe=debug", override, size=4)
     assert problem.startswith(said) or said in problem
+
+
+def test_of_several_hosts_none_judges_alone_what_depends_on_all() -> None:
+    run = ["recipe=debug", "parallel.exchange=two_stage"]  # 4 experts: an axis of 4, of which a host of 4 has all
+    compose(RunConfig, run, lambda config: compute_problems(config, 16, 4))
+    compose(RunConfig, run, lambda config: compute_problems(config, 16, 2))
+    with pytest.raises(ConfigError, match=r"parallel\.node_size=3 does not cut an expert axis of 4"):
+        compose(RunConfig, [*run, "parallel.node_size=3"], lambda config: compute_problems(config, 16, 4))
 
 
 def test_a_run_may_change_its_exchange_but_not_what_it_rounds_to(tmp_path: Path) -> None:

@@ -62,6 +62,16 @@ def test_srun_is_read_as_torchrun_would_have_set_it() -> None:
     assert int(environment["MASTER_PORT"]) in PORTS
 
 
+@pytest.mark.parametrize(
+    ("counts", "node", "here"),
+    [("8", "0", "8"), ("4(x2)", "1", "4"), ("4(x2),2,1(x3)", "1", "4"), ("4(x2),2,1(x3)", "2", "2"), ("4,2", "1", "2")],
+)
+def test_each_host_knows_its_own_tasks(counts: str, node: str, here: str) -> None:
+    environment = TASK | {"SLURM_STEP_TASKS_PER_NODE": counts, "SLURM_NODEID": node}
+    adopt_environment(environment)
+    assert environment["LOCAL_WORLD_SIZE"] == here
+
+
 def test_every_task_of_a_step_finds_one_port_and_the_next_step_another() -> None:
     def port(**changes: str) -> str:
         environment = TASK | changes

@@ -61,7 +61,7 @@ def test_as_many_ranks_of_the_axis_are_on_a_node_as_lie_on_one_host_wherever_the
         (
             8,
             {"exchange": "two_stage"},
-            "parallel.exchange=two_stage, but with 8 of 16 ranks on each host an expert axis of 8 has 8 on a node, so there are no "
+            "parallel.exchange=two_stage, but with 8 of 16 ranks to a host an expert axis of 8 has 8 on a node, so there are no "
             "two stages; set parallel.node_size to 2 or 4, or use parallel.exchange=flat",
         ),
     ],
