@@ -111,7 +111,22 @@ def test_exchange_is_measured_beside_the_collective(tmp_path: Path) -> None:
     for row in rows:
         assert row["slots_bytes"] == row["images"] * 4 * 2 * 32 * 4
         assert row["sent_bytes"] == 4 * row["slots_bytes"] // 2, "four crossings, half of each stays"
+        assert row["bare_sent_bytes"] == row["sent_bytes"]
         assert positive(*row["ratios"].values())
+    assert "one all_to_all_single of the same slots a crossing" in done.stdout and "two stages send" not in done.stdout
+
+
+def test_two_stages_and_the_bare_collective_each_count_their_own_bytes(tmp_path: Path) -> None:
+    out = tmp_path / "exchange.json"
+    stages = ["parallel.exchange=two_stage", "parallel.node_size=2", "processes=4", "images=1"]
+    done = started("exchange", "recipe=debug", *stages, *QUICK, f"out={out}")
+    assert done.returncode == 0, done.stderr
+    (row,) = read(out, "exchange")
+    assert row["sent_bytes"] == 4 * row["slots_bytes"], "half inside the node and half between nodes"
+    assert row["bare_sent_bytes"] == 3 * row["slots_bytes"], "a quarter stays"
+    for side, sent in (("both", "sent_bytes"), ("bare both", "bare_sent_bytes")):
+        assert row["bytes_per_second"][side] == pytest.approx(row[sent] / row["seconds"][side]["median"])
+    assert "two stages send 1.33 times what the bare collective does" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ MEASURES = {
     "layer": "the MoE layer beside its bare matrix products, a dense MLP of equal FLOPs, and other people's layers",
     "infer": "images per second of a Soft MoE model beside the dense one of the same size",
     "step": "a training step of your own run: images per second, utilisation, and its parts",
-    "exchange": "the slot exchange of your own run beside the bare collective of the same bytes",
+    "exchange": "the slot exchange of your own run beside the bare collective of the same slots",
 }
 
 
