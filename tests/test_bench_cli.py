@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -155,3 +156,26 @@ def test_help_says_what_each_measures(capsys: pytest.CaptureFixture[str]) -> Non
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {what} " in shown for what in ("layer", "infer", "step", "exchange"))
+
+
+HUGE = 10**12  # of anything: more bytes than a machine maps
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["bench", "layer", f"hidden={HUGE}", "images=1"], ["parity", "recipe=debug", f"model.mlp_dim={HUGE}", "model.width=2048"]],
+)  # fmt: skip
+def test_memory_that_cannot_be_had_ends_with_a_sentence(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 3
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert told.startswith(f"softmoe {words[0]}: ")
+    assert "host memory could not be had; use " in told
+
+
+def test_a_rank_without_memory_says_so_itself() -> None:
+    done = started("exchange", "recipe=debug", "processes=2", f"images={HUGE}", *QUICK)
+    assert done.returncode == 3
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(re.match(r"softmoe bench: rank [01]: .* of host memory could not be had; use ", line) for line in lines)

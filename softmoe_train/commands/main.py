@@ -4,6 +4,7 @@ import argparse
 import sys
 
 import softmoe_train
+from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.commands.bench import MEASURES, bench
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.train import train
@@ -26,7 +27,7 @@ PARITY_EPILOG = """any overrides of a run, and out=FILE.json (for programs) and 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 a proof that fails, 2 a wrong setting, 3 a run that stopped itself, 130 interrupted."""
+    """Run one verb; returns the exit code: 0 done, 1 a proof that fails, 2 a wrong setting, 3 a run that stopped itself or found no memory, 130 interrupted."""
     parser = argparse.ArgumentParser("softmoe", description=softmoe_train.__doc__)
     parser.add_argument("--version", action="version", version=f"softmoe_train {softmoe_train.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -66,3 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"softmoe {options.verb}: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        said = no_memory(options.verb, error)
+        if said is None:
+            raise
+        print(f"softmoe {options.verb}: {said}", file=sys.stderr)
+        return NO_MEMORY

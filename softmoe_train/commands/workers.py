@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.config import ConfigError
 from softmoe_train.dist import World, world_of
 from softmoe_train.launching.environment import adopt_environment, under_launcher
@@ -73,7 +74,7 @@ def run_verb(verb: Verb[C], overrides: list[str]) -> int:
 
 
 def as_worker(name: str, work: Callable[[World], int]) -> int:
-    """Run `work` as one rank of several, whoever started it; a refused setting is told once a host."""
+    """Run `work` as one rank of several, whoever started it; a refused setting is told once a host, missing memory by its rank."""
     adopt_environment(os.environ)
     world = world_of(os.environ)
 
@@ -84,5 +85,11 @@ def as_worker(name: str, work: Callable[[World], int]) -> int:
             if world.local_rank == 0:  # a host may find what the others do not: a file, a version
                 print(f"softmoe {name}: {error}", file=sys.stderr, flush=True)
             return 2
+        except (RuntimeError, MemoryError) as error:
+            said = no_memory(name, error)
+            if said is None:
+                raise
+            print(f"softmoe {name}: rank {world.rank}: {said}", file=sys.stderr, flush=True)
+            return NO_MEMORY
 
     return run_worker(told)
