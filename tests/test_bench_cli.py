@@ -135,6 +135,12 @@ def test_two_stages_and_the_bare_collective_each_count_their_own_bytes(tmp_path:
     [
         (["layer", "experts=3", "width=0"], ["experts=3 does not divide", "width=0: input should be"]),
         (["infer", "recipe=debug", "model.moe.blocks=[]", "imags=2"], ["model has no experts", "did you mean images"]),
+        (
+            ["infer", "recipe=debug", "processes=2", "compile=true", "parallel.sharding=fsdp", "parallel=default", "modle.width=8"],
+            [f"{o}: bench infer measures" for o in ("processes=2", "compile=true", "parallel.sharding=fsdp", "parallel=default")]
+            + ["modle.width=8: there is no key"],
+        ),
+        (["exchange", "recipe=debug", "processes=2", "compile=true"], ["compile=true: bench exchange runs no block"]),
         (["step", "recipe=debug", "batch_size=7", "processes=2", "rounds=x"], ["batch_size=7 does not divide into 2 ranks", "rounds='x'"]),
         (["exchange", "recipe=debug", "images=0"], ["no slot travels; use processes=2", "images.0=0: "]),
         (["exchange", "recipe=debug", "processes=2", "parallel.expert_axis=3"], ["parallel.expert_axis=3 does not divide"]),

@@ -1,5 +1,6 @@
 """This file owns `softmoe bench`: what to measure, in which processes, and where the result goes."""
 
+import re
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from softmoe_train.bench.exchange import bench_exchange, exchange_problems
@@ -23,6 +24,9 @@ MEASURES = {
     "step": "a training step of your own run: images per second, utilisation, and its parts",
     "exchange": "the slot exchange of your own run beside the bare collective of the same slots",
 }
+
+
+INFERS = ("model", "precision", "device")  # what a forward of one process takes from a run
 
 
 class Asked(NamedTuple, Generic[M]):
@@ -103,6 +107,7 @@ def _compose(what: str, record: type[M], overrides: list[str], world: World | No
     """The measurement's own keys and the run's; ConfigError tells all mistakes in both."""
     ours, others = split_overrides(record, RunConfig, overrides)
     own, problems = compose_own(record, f"bench_{what}.yaml", ours)
+    problems += [problem for override in others for problem in _void_problems(what, override)]
     try:
         run = compose(RunConfig, others, lambda config: _problems(what, own, config, *ranks(world, config)))
     except ConfigError as error:
@@ -122,6 +127,20 @@ def _problems(what: str, own: Measuring | None, config: RunConfig, size: int, lo
         case "exchange":
             return compute_problems(config, size, local_size) or exchange_problems(config, size)
     raise AssertionError(what)
+
+
+def _void_problems(what: str, override: str) -> list[str]:
+    """Why a setting of the run that a person wrote would change nothing that is measured (a recipe may set what it likes)."""
+    key = override.partition("=")[0].lstrip("+~")
+    field = re.split(r"[./@]", key)[0]
+    if what == "infer" and field in RunConfig.model_fields and field not in INFERS:
+        return [
+            f"{override}: bench infer measures the forward of one process, not compiled: of a run's settings it has recipe, "
+            f"{', '.join(INFERS)}; leave {key} out, or use bench step"
+        ]
+    if what == "exchange" and key == "compile":
+        return [f"{override}: bench exchange runs no block of the model, so nothing is compiled; leave it out"]
+    return []
 
 
 def _launcher_problems(what: str) -> list[str]:

@@ -14,8 +14,8 @@ EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2
 `softmoe train recipe=debug` needs no data; `softmoe train --cfg job` prints every key with its value"""
 BENCH_EPILOG = """measures: {measures}
 
-each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; infer, step and exchange also take those of
-a run (model=, precision=, device=, processes=, parallel.expert_axis= ...)
+each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; step and exchange also take those of a run
+(model=, precision=, device=, processes=, parallel.expert_axis= ...), infer the first three and recipe=
   softmoe bench layer cases=128x1,32x4 images=32 dtype=float32 out=layer.json picture=layer.png
   softmoe bench infer model=soft_s16_128e images=1,32
   softmoe bench step recipe=debug processes=2
