@@ -129,14 +129,38 @@ def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]
     elif config.batch_size % size == 0 and not problems:
         images = config.batch_size // (size * config.micro_batches)
         problems += chunk_problems(config.parallel, num_experts=experts, size=size, images=images)
-    if config.parallel.recompute == "moe" and not config.model.has_experts:
-        problems.append(
-            "parallel.recompute=moe: no block of this model holds experts (model.moe.blocks); use none or block"
-        )
+    problems += _void_problems(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda, but torch sees no CUDA device here; use device=cpu or auto")
     if isinstance(config.engine, DeepSpeedConfig):
         problems += deepspeed_problems(decided(config, config.engine, size))
+    return problems
+
+
+def _void_problems(config: RunConfig) -> list[str]:
+    """What would train nothing, or change nothing, beside the run's other settings."""
+    problems, parallel = [], config.parallel
+    if config.loss == "softmax" and config.model.num_classes == 1:
+        problems.append(
+            "loss=softmax with model.num_classes=1: the loss of one class is 0 whatever the model says; use loss=sigmoid, or more classes"
+        )
+    if parallel.recompute == "moe" and not config.model.has_experts:
+        problems.append(
+            "parallel.recompute=moe: no block of this model holds experts (model.moe.blocks); use none or block"
+        )
+    if parallel.exchange_dtype is not None and not config.model.has_experts:
+        problems.append(
+            f"parallel.exchange_dtype={parallel.exchange_dtype}: no block of this model holds experts (model.moe.blocks), so there "
+            f"are no slots to round; use null"
+        )
+    elif parallel.exchange_dtype == config.precision:
+        problems.append(
+            f"parallel.exchange_dtype={parallel.exchange_dtype} with precision={config.precision}: slots are in it already; use null"
+        )
+    if parallel.reduce_each_micro and config.micro_batches == 1:
+        problems.append(
+            "parallel.reduce_each_micro=true with micro_batches=1: there is one sum either way; use false, or more micro_batches"
+        )
     return problems
 
 

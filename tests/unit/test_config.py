@@ -167,6 +167,26 @@ def test_a_wrong_exchange_is_refused_in_plain_words(override: str, said: str) ->
     assert problem.startswith(said) or said in problem
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss=softmax", "model.num_classes=1"], "loss=softmax with model.num_classes=1: the loss of one class is 0"),
+        (
+            ["precision=bfloat16", "parallel.exchange_dtype=bfloat16"],
+            "parallel.exchange_dtype=bfloat16 with precision=bfloat16: slots are in it already; use null",
+        ),
+        (["model.moe.blocks=[]", "parallel.exchange_dtype=bfloat16"], "so there are no slots to round; use null"),
+        (
+            ["parallel.sharding=fsdp", "parallel.reduce_each_micro=true"],
+            "parallel.reduce_each_micro=true with micro_batches=1: there is one sum either way",
+        ),
+    ],
+)
+def test_what_the_other_settings_make_void_is_refused(overrides: list[str], said: str) -> None:
+    (problem,) = problems_of("recipe=debug", *overrides)
+    assert said in problem
+
+
 def test_of_several_hosts_none_judges_alone_what_depends_on_all() -> None:
     run = ["recipe=debug", "parallel.exchange=two_stage"]  # 4 experts: an axis of 4, of which a host of 4 has all
     compose(RunConfig, run, lambda config: compute_problems(config, 16, 4))
