@@ -226,18 +226,26 @@ def _key_problems(where: str, key: str, value: Any, ours: dict[str, tuple[Any, s
         ]
     if key in ours:
         wanted, decider = ours[key]
-        if value in ("auto", wanted) or (key == "optimizer.type" and str(value).lower() == str(wanted).lower()):
+        if value == "auto" or _equal(value, wanted):
+            return []
+        if key == "optimizer.type" and str(value).lower() == str(wanted).lower():
             return []
         return [
             f"{where}: {key}={json.dumps(value)}, but {decider} decides {key}={json.dumps(wanted)}; leave one of the two out"
         ]
-    if key.startswith("scheduler."):
+    if key.partition(".")[0] == "scheduler":
         return [f"{where}: {key} is for a scheduler of DeepSpeed's, but the run's own schedule decides; leave it out"]
     return [f"{where}: {key} is not among the keys that a run may set: {', '.join(TUNABLE)}; leave it out"]
 
 
+def _equal(value: Any, wanted: Any) -> bool:
+    """Whether both are the same in JSON, where 1 is 1.0 but true is no number (in Python true is 1)."""
+    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted key; an object that is empty is a key that is told, too."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat

@@ -93,6 +93,10 @@ def test_the_keys_of_one_engine_are_unknown_to_the_other() -> None:
         ({"zero_optimization": {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size=-1 must be a whole number"),
         ({"wall_clock_breakdown": 1}, "wall_clock_breakdown=1 must be true or false"),
         ({"zero_optimization": {"stage3_max_live_parameters": 1}}, "is not among the keys that a run may set: zero_optimization."),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=true, but engine.zero_stage decides zero_optimization.stage=1"),
+        ({"prescale_gradients": 0}, "prescale_gradients=0, but this engine"),
+        ({"scheduler": {}}, "scheduler is for a scheduler of DeepSpeed's, but the run's own schedule decides; leave it out"),
+        ({"zero_optimization": {}}, "zero_optimization is not among the keys that a run may set"),
         ([1], "holds no settings: expected an object, found list"),
     ],
 )  # fmt: skip
@@ -110,7 +114,7 @@ def test_a_json_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_json_that_agrees_is_merged(tmp_path: Path) -> None:
     tree = {
         "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": 8,
+        "train_micro_batch_size_per_gpu": 8.0,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "adamw"},
         "fp16": {"enabled": False},
