@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, load_yaml, parse, save_yaml
+from softmoe_train.parallel.layout import ParallelConfig
 from softmoe_train.settings import RunConfig, changed_settings, check, compute_problems
 
 FOLDER = config_folder()
@@ -193,6 +194,10 @@ def test_of_several_hosts_none_judges_alone_what_depends_on_all() -> None:
     compose(RunConfig, run, lambda config: compute_problems(config, 16, 2))
     with pytest.raises(ConfigError, match=r"parallel\.node_size=3 does not cut an expert axis of 4"):
         compose(RunConfig, [*run, "parallel.node_size=3"], lambda config: compute_problems(config, 16, 4))
+
+
+def test_a_laptop_takes_over_nothing_of_a_recipes_layout() -> None:
+    assert set(load_yaml(config_folder() / "shrink" / "laptop.yaml")["parallel"]) == set(ParallelConfig.model_fields)
 
 
 def test_a_run_may_change_its_exchange_but_not_what_it_rounds_to(tmp_path: Path) -> None:
