@@ -140,6 +140,7 @@ def test_two_stages_and_the_bare_collective_each_count_their_own_bytes(tmp_path:
             [f"{o}: bench infer measures" for o in ("processes=2", "compile=true", "parallel.sharding=fsdp", "parallel=default")]
             + ["modle.width=8: there is no key"],
         ),
+        (["exchange", "model=vit_ti16", "processes=2"], ["model has no experts (model.moe.blocks=[]), so there are no slots"]),
         (["exchange", "recipe=debug", "processes=2", "compile=true"], ["compile=true: bench exchange runs no block"]),
         (["step", "recipe=debug", "batch_size=7", "processes=2", "rounds=x"], ["batch_size=7 does not divide into 2 ranks", "rounds='x'"]),
         (["exchange", "recipe=debug", "images=0"], ["no slot travels; use processes=2", "images.0=0: "]),

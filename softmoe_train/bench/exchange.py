@@ -41,6 +41,10 @@ def exchange_problems(config: RunConfig, size: int) -> list[str]:
     R = expert_axis(config.parallel, num_experts=config.model.num_experts, size=size)
     if R > 1:
         return []
+    if not config.model.has_experts:
+        return [
+            "model has no experts (model.moe.blocks=[]), so there are no slots to exchange; choose one that has, as model=soft_s16_128e"
+        ]
     return [
         f"parallel.expert_axis={config.parallel.expert_axis} on {size} {'rank' if size == 1 else 'ranks'} with "
         f"{config.model.num_experts} experts: no slot travels; use processes=2 or more and an axis above 1"

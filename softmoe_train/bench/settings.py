@@ -53,7 +53,7 @@ class LayerSettings(Measuring):
         problems = out_problems("picture", picture, ".png")
         if picture is not None and not find_spec("matplotlib"):
             problems.append(
-                f"picture={picture} needs matplotlib, which is not installed: pip install 'softmoe-train[pictures]'"
+                f'picture={picture} needs matplotlib, which is not installed: pip install "softmoe-train[pictures]"'
             )
         if problems:
             raise ValueError("; ".join(problems))

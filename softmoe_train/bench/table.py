@@ -64,7 +64,8 @@ def print_outcome(outcome: Outcome, sentence: str) -> None:
 
 def milliseconds(spread: Spread) -> str:
     """Median and quartiles, as in `12.3 (12.1 - 12.9)`."""
-    digits = 0 if spread.median >= 1 else 1 if spread.median >= 0.1 else 2 if spread.median >= 0.01 else 3
+    size = abs(spread.median)  # a part of a step, which is a difference, can be below zero
+    digits = 0 if size >= 1 else 1 if size >= 0.1 else 2 if size >= 0.01 else 3
     low, median, high = (f"{1e3 * value:,.{digits}f}" for value in spread)
     return f"{median} ({low} - {high})"
 
