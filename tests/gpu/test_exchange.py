@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 def everything_on_a_rank(rank: int, world: int, kind: str, folder: str) -> dict[Any, dict[str, Tensor]]:
     """`kind` is cuda; cpu runs the same lines over Gloo, to try this file where there is no GPU."""
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    _regroup(rank, world, device, folder)
+    regroup(rank, world, device, folder)
     moved = {}
     for name, changes in EXCHANGES.items():
         if changes.get("exchange") == "two_stage" and world != 4:
@@ -41,7 +41,7 @@ def everything_on_a_rank(rank: int, world: int, kind: str, folder: str) -> dict[
     return moved
 
 
-def _regroup(rank: int, world: int, device: torch.device, folder: str) -> None:
+def regroup(rank: int, world: int, device: torch.device, folder: str) -> None:
     """In place of the Gloo group of `run_ranks`, the one that runs have: NCCL for what is on a GPU."""
     dist.barrier()  # a rank that leaves while another still connects would fail it
     dist.destroy_process_group()
