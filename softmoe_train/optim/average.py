@@ -43,8 +43,10 @@ class WeightAverage:
         if self.config.warmup:
             keep = keep.minimum((1 + self.updates) / (10 + self.updates))
         part = (1 - keep) * (1 - skipped)
-        for name, value in self.values.items():
-            value.lerp_(weights[name], part)
+        # One call, a weight each: foreach takes no other that stays on the device.
+        torch._foreach_lerp_(
+            list(self.values.values()), [weights[name] for name in self.values], [part] * len(self.values)
+        )
 
     @torch.no_grad()
     def swap(self, weights: Mapping[str, Tensor]) -> None:
