@@ -69,6 +69,8 @@ def _dims_of(layers: list[MoE], mesh: DeviceMesh) -> dict[nn.Parameter, Shard]:
 
 
 def _prefetch(model: ViT, ahead: int) -> None:
+    # A block before its experts, in backward too: FSDP2 waits for a unit where the gradient of its output arrives, and the block's
+    # output comes last, although its own weights are used after those of its experts.
     def units(blocks: list[nn.Module]) -> list[FSDPModule]:
         return [m for block in blocks for m in block.modules() if isinstance(m, FSDPModule)]
 
