@@ -3,6 +3,8 @@
 # make clean        forget the virtual environment, shards and runs that these made
 
 PYTHON ?= python3
+# Tests that run beside one another; many start two or four processes of their own.
+JOBS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
 
@@ -13,7 +15,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/softmoe train recipe=quickstart
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest --durations=40
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --durations=40
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
