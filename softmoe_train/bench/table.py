@@ -1,6 +1,7 @@
 """This file owns what a person sees of a measurement: progress while it runs, one table at its end."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import rich.progress
 import rich.table
 
 from softmoe_train.bench.rounds import Spread
+
+LINE_SECONDS = 10.0
 
 
 class Outcome(NamedTuple):
@@ -25,10 +28,11 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def progress(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A bar of `total` rounds on standard error while a terminal watches, moved by calls that say what is measured.
+    """A bar of `total` rounds on standard error, moved by calls that say what is measured; it is drawn between rounds only.
 
-    It is drawn between rounds only, and nothing remains of it.
+    Nothing remains of it. Where no terminal watches, a plain line in ten seconds takes its place.
     """
+    watched = sys.stderr.isatty()
     bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -37,14 +41,20 @@ def progress(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
         console=rich.console.Console(file=sys.stderr),
         auto_refresh=False,  # a thread that draws would be measured too
         transient=True,
-        disable=not (shown and sys.stderr.isatty()),
+        disable=not (shown and watched),
     )
     with bar:
         task = bar.add_task("", total=total)
+        done, told = 0, time.monotonic()
 
         def advance(what: str) -> None:
+            nonlocal done, told
+            done += 1
             bar.update(task, advance=1, description=what)
             bar.refresh()
+            if shown and not watched and time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
+                print(f"round {done} of {total}: {what}", file=sys.stderr, flush=True)
 
         yield advance
 
