@@ -1,5 +1,7 @@
 """Numbers as a table shows them."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from softmoe_train.bench import table
@@ -20,7 +22,7 @@ def test_a_log_file_gets_a_line_in_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 4.0, 11.0, 11.0, 15.0, 22.0, 22.0])
-    monkeypatch.setattr(table.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(table, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with table.progress(4, shown=True) as advance:
         for i in range(4):
             advance(f"case {i}")
