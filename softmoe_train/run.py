@@ -6,10 +6,12 @@ Read this file first, then loop.py, then model/moe.py.
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from softmoe_train.checkpoint import CheckpointError
+from softmoe_train.checkpoint import CheckpointError, DamagedError
+from softmoe_train.checkpoint.reader import Loaded
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
 from softmoe_train.data import Cursor, ImageStream, build_eval_stream, build_stream, make_indexes
@@ -166,15 +168,39 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
     )
 
 
-def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> str | None:
-    """Fill `state`; returns where it came from, in words. Precedence:
+class Resumed(NamedTuple):
+    """Where a state came from, in words, and what was read."""
 
-    1. the newest complete checkpoint of this run folder
-    2. scratch: the weights that `initialize` derived from the seed
+    source: str
+    read: Loaded
+
+
+def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed | None:
+    """Fill `state`; None where it stays as it was. Precedence:
+
+    1. the newest complete checkpoint of this run folder that is whole; damaged ones before it are named and set aside
+    2. scratch, only where there never was one: the weights that `initialize` derived from the seed
     """
-    path = store.latest()
-    if path is None:
-        return None
+    while (path := store.latest()) is not None:
+        try:
+            return _restore(path, config, state, store, stream)
+        except DamagedError as error:
+            store.set_aside(path, error.problems)
+        except CheckpointError as error:
+            remedy = f"give the settings that it was saved with, or move {path} away to go on from the one before it"
+            raise CheckpointError(error.what, [*error.problems, remedy]) from error
+    damaged = store.folders_set_aside()
+    if damaged:
+        rule = "a run that has checkpoints does not start over by itself"
+        remedy = f"repair one and give it its name back; to start from scratch, move them out of {store.folder} or give another run_dir"
+        raise CheckpointError(
+            "no checkpoint is left to resume from", [*(f"{p} is damaged" for p in damaged), f"{rule}: {remedy}"]
+        )
+    return None
+
+
+def _restore(path: Path, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed:
+    """Fill `state` from the checkpoint `path`; what is damaged raises DamagedError before a weight is touched."""
     documents = store.read_documents(path)
     if documents["stream"] != stream.fingerprint() and not config.allow_changes:
         raise ConfigError(
@@ -185,28 +211,19 @@ def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream
         )
     saved = documents["config"]
     averaged = isinstance(saved, dict) and saved.get("average") is not None
-    try:
-        _load(path, store, state, all_of_it=averaged == (config.average is not None))
-    except CheckpointError as error:
-        remedy = f"to go on from the checkpoint before it, or from scratch, move {path} away"
-        raise CheckpointError(error.what, [*error.problems, remedy]) from error
+    # Where only one side has averaged weights they are left aside.
+    kinds = ("",) if averaged == (config.average is not None) else ("model.", "optimizer.")
+    tensors = {name: tensor for name, tensor in state.engine.state_dict().items() if name.startswith(kinds)}
+    read = store.load(path, tensors, prefix=kinds)
+    state.engine.load_state_dict(tensors)
     state.restore(documents["loop"])
     if averaged == (config.average is not None):
-        return str(path)
-    return f"{path} ({'without its averaged weights' if averaged else 'the average of the weights starts there'})"
+        return Resumed(str(path), read)
+    aside = "without its averaged weights" if averaged else "the average of the weights starts there"
+    return Resumed(f"{path} ({aside})", read)
 
 
-def _load(path: Path, store: CheckpointStore, state: TrainState, *, all_of_it: bool) -> None:
-    """Fill the engine; unless all of it, leave averaged weights aside, whichever side has them."""
-    tensors = state.engine.state_dict()
-    kinds = ("",) if all_of_it else ("model.", "optimizer.")
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
-    for kind in kinds:
-        store.load(path, {name: t for name, t in tensors.items() if name.startswith(kind)}, prefix=kind)
-    state.engine.load_state_dict(tensors)
-
-
-def _log(config: RunConfig, world: World, state: TrainState, *, resumed: str | None) -> SilentLog:
+def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Resumed | None) -> SilentLog:
     tree = config.as_saved()
     begun = (config.folder / "metrics.jsonl").is_file()
     observe = config.observe
@@ -229,7 +246,8 @@ def _log(config: RunConfig, world: World, state: TrainState, *, resumed: str | N
     if resumed is None and begun:
         log.message(f"{config.folder} holds no checkpoint: starting from scratch, what it reported before is dropped")
     if resumed is not None:
-        log.message(f"resumed from {resumed} at step {state.step} of {config.steps}")
+        log.message(f"resumed from {resumed.source} at step {state.step} of {config.steps}")
+        log.message(str(resumed.read))
     return log
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from softmoe_train.checkpoint.agreement import CheckpointError
+from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
@@ -194,19 +194,18 @@ def _folder_problems(config: RunConfig) -> list[str]:
 
 
 def _resume_problems(config: RunConfig) -> list[str]:
-    """What in the newest checkpoint of the run folder does not go with these settings."""
-    complete = step_folders(config.folder / "checkpoints", complete=True)
-    if not complete:
-        return []
+    """What in the newest checkpoint of the run folder that can be read does not go with these settings."""
     try:
-        saved = read_documents(complete[-1])["config"]
+        path, saved = _newest_config(config.folder / "checkpoints")
     except CheckpointError as error:
         return [f"run_dir={config.run_dir}: {error}"]
+    if path is None:
+        return []
     assert isinstance(saved, dict), saved
     problems = []
-    if step_of(complete[-1]) > config.steps:
+    if step_of(path) > config.steps:
         problems.append(
-            f"steps={config.steps}: run_dir={config.run_dir} is at step {step_of(complete[-1])} already; give more steps or "
+            f"steps={config.steps}: run_dir={config.run_dir} is at step {step_of(path)} already; give more steps or "
             f"another run_dir"
         )
     changed = changed_settings(saved, config.as_saved())
@@ -216,6 +215,16 @@ def _resume_problems(config: RunConfig) -> list[str]:
             f"settings, or allow_changes=true to continue it with these"
         )
     return problems
+
+
+def _newest_config(folder: Path) -> tuple[Path | None, object]:
+    """The newest checkpoint whose JSON is whole, and its configuration: the run sets aside what is damaged before it."""
+    for path in reversed(step_folders(folder, complete=True)):
+        try:
+            return path, read_documents(path)["config"]
+        except DamagedError:
+            continue
+    return None, None
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,18 +121,35 @@ def test_an_unknown_verb_names_the_known_ones(tmp_path: Path) -> None:
     assert "train" in done.stderr
 
 
-def test_a_lost_rank_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+    run = ["recipe=debug", "processes=2", "checkpoint.every=4"]
+    softmoe(*run, "stop_after=8", folder=tmp_path)
+    checkpoints = tmp_path / "runs/debug/checkpoints"
+    config = checkpoints / "step_00000008" / "config.json"
+    config.write_text(config.read_text().replace('"seed": 0', '"seed": 1'))
+    done = softmoe(*run, "stop_after=12", folder=tmp_path)
+    assert "step_00000008 is damaged:\n  - config.json is not what COMPLETE.json says: it was changed" in done.stderr
+    assert "resumed from runs/debug/checkpoints/step_00000004 at step 4 of 20" in done.stdout
+    assert "from 2 files saved by 2 ranks; loaded by 2" in done.stdout
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["step_00000004", "step_00000008", "step_00000008.damaged", "step_00000012"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: Path) -> None:
     run = ["recipe=debug", "processes=4", "parallel.expert_axis=4", "steps=8", "checkpoint.every=0"]
     softmoe(*run, "stop_after=4", folder=tmp_path)
     (tmp_path / "runs/debug/checkpoints/step_00000004/rank_00002.safetensors").unlink()
-    done = softmoe(*run, "processes=2", "parallel.expert_axis=2", folder=tmp_path, ok=False)
-    assert done.returncode == 3
-    assert "Traceback" not in done.stderr
-    assert "rank_00002.safetensors" in done.stderr
-    assert (
-        "experts 2..2 of model.blocks.1.moe.experts.w1" in done.stderr
-        or "expert 2 of model.blocks.1.moe.experts.w1" in done.stderr
-    )
+    metrics = (tmp_path / "runs/debug/metrics.jsonl").read_bytes()
+    for ranks in (2, 1):
+        done = softmoe(*run, f"processes={ranks}", f"parallel.expert_axis={ranks}", folder=tmp_path, ok=False)
+        assert done.returncode == 3
+        assert "Traceback" not in done.stderr
+        assert "no checkpoint is left to resume from" in done.stderr
+        assert "step_00000004.damaged is damaged" in done.stderr
+        if ranks == 2:
+            assert "rank_00002.safetensors is missing" in done.stderr
+            assert re.search(r"experts? 2(\.\.2)? of model\.blocks\.1\.moe\.experts\.w1", done.stderr)
+    assert (tmp_path / "runs/debug/metrics.jsonl").read_bytes() == metrics
 
 
 def test_the_run_folder_holds_what_the_readme_says_and_no_pickle(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ class CheckpointError(ValueError):
         return "\n".join([f"{self.what}:", *(f"  - {problem}" for problem in self.problems)])
 
 
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are not what was saved; it is found before any of the state is touched."""
+
+
 def problems_of(error: BaseException, rank: int) -> list[str]:
     """The lines that report `error`, raised on `rank`; a CheckpointError's lines pass unchanged."""
     if isinstance(error, CheckpointError):
@@ -28,18 +32,23 @@ def problems_of(error: BaseException, rank: int) -> list[str]:
 
 
 def agree(what: str, stage: Callable[[], T], rank: int, group: dist.ProcessGroup | None) -> T:
-    """Run `stage` on every rank and return its result; if it fails on any, raise CheckpointError on all."""
+    """Run `stage` on every rank and return its result; if it fails on any, raise CheckpointError on all.
+
+    It is a DamagedError where that is the failure of every rank that has one.
+    """
     result, cause, problems = None, None, []
     try:
         result = stage()
     except Exception as error:
         cause, problems = error, problems_of(error, rank)
+    told = [(problems, isinstance(cause, DamagedError))]
     if group is not None:
-        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, problems, group=group)
-        problems = list(dict.fromkeys(line for lines in gathered for line in lines))
-    if problems:
-        raise CheckpointError(what, problems) from cause
+        told = told * dist.get_world_size(group)
+        dist.all_gather_object(told, (problems, isinstance(cause, DamagedError)), group=group)
+    failures = [(lines, damaged) for lines, damaged in told if lines]
+    if failures:
+        kind = DamagedError if all(damaged for _, damaged in failures) else CheckpointError
+        raise kind(what, list(dict.fromkeys(line for lines, _ in failures for line in lines))) from cause
     return result  # type: ignore[return-value]
 
 

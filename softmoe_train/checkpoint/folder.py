@@ -9,6 +9,7 @@ from pathlib import Path
 from softmoe_train.checkpoint.manifest import MARK
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
+SET_ASIDE = re.compile(rf"{STEP_FOLDER.pattern}\.damaged(-\d+)?")
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +36,21 @@ def step_of(path: Path) -> int:
     match = STEP_FOLDER.fullmatch(path.name)
     assert match, path
     return int(match[1])
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged step folder, so that it does not exist for the loader, and return its new place; it keeps all it holds."""
+    place, number = path.with_name(f"{path.name}.damaged"), 2
+    while place.exists():
+        place, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
+    path.rename(place)
+    flush_folder(path.parent)
+    return place
+
+
+def folders_set_aside(folder: Path) -> list[Path]:
+    """What `set_aside` has left under `folder`."""
+    return sorted(path for path in folder.iterdir() if SET_ASIDE.fullmatch(path.name)) if folder.is_dir() else []
 
 
 def write_flushed(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from softmoe_train.checkpoint.agreement import CheckpointError
+from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.layout import Box, tiling_fault
 from softmoe_train.config import Record
 
@@ -139,17 +139,17 @@ def read_mark(path: Path) -> Mark:
 
 
 def read_manifest(path: Path, mark: Mark) -> Manifest:
-    """The manifest of the folder `path`, checked against the mark and its own rules; raises CheckpointError."""
+    """The manifest of the folder `path`, checked against the mark and its own rules; raises DamagedError."""
     return _parse(Manifest, MANIFEST, read_hashed(path / MANIFEST, mark.manifest))
 
 
 def read_hashed(path: Path, sha256: str) -> bytes:
-    """The bytes of a JSON file, which must have the hash that the mark holds; raises CheckpointError naming it."""
+    """The bytes of a JSON file, which must have the hash that the mark holds; raises DamagedError naming it."""
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} is damaged", [f"{path.name} is missing"])
+        raise DamagedError(f"{path.parent} is damaged", [f"{path.name} is missing"])
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"{path.parent} is damaged", [f"{path.name} is not what {MARK} says: it was changed"])
+        raise DamagedError(f"{path.parent} is damaged", [f"{path.name} is not what {MARK} says: it was changed"])
     return data
 
 
@@ -158,7 +158,9 @@ def _parse(kind: type[R], name: str, data: bytes) -> R:
         return kind.model_validate_json(data)
     except ValidationError as error:
         lines = [f"{name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise CheckpointError(f"{name} is not sound", lines) from error
+        if any(e["loc"] == ("version",) for e in error.errors()):  # of a newer program perhaps, and whole
+            raise CheckpointError(f"{name} is of another version", lines) from error
+        raise DamagedError(f"{name} is not sound", lines) from error
 
 
 def _span_faults(file: str, size: int, spans: list[tuple[int, int, str]]) -> list[str]:

@@ -6,6 +6,7 @@ straight into the target). Two passes cost a second read but keep host memory at
 before all that every rank needs is known to be good.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from softmoe_train.checkpoint.agreement import CheckpointError
+from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.layout import Box, local_box, overlap, within
-from softmoe_train.checkpoint.manifest import Manifest, StoredChunk, StoredTensor, contents
+from softmoe_train.checkpoint.manifest import DTYPES, Manifest, StoredChunk, StoredTensor, contents
 from softmoe_train.checkpoint.shards import chunk_fault, read_part
 
 
@@ -31,8 +32,28 @@ class Read(NamedTuple):
     held: Box
 
 
-def plan_reads(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor | DTensor], prefix: str) -> list[Read]:
-    """What this rank must read to fill `tensors`, file by file; raises CheckpointError with every problem at once."""
+class Loaded(NamedTuple):
+    """What a load read, of the whole checkpoint."""
+
+    tensors: int
+    bytes: int
+    files: int
+    saved_by: int  # ranks
+    loaded_by: int
+
+    def __str__(self) -> str:
+        counts = (self.tensors, "tensor"), (self.files, "file"), (self.saved_by, "rank")
+        tensors, files, ranks = (f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counts)
+        return f"read {tensors}, {self.bytes / 2**20:,.1f} MiB, from {files} saved by {ranks}; loaded by {self.loaded_by:,}"
+
+
+def plan_reads(
+    path: Path, manifest: Manifest, tensors: Mapping[str, Tensor | DTensor], prefix: str | tuple[str, ...]
+) -> list[Read]:
+    """What this rank must read to fill `tensors`, file by file.
+
+    Raises CheckpointError with every problem at once, DamagedError where only files are at fault.
+    """
     stored = {name: tensor for name, tensor in manifest.tensors.items() if name.startswith(prefix)}
     problems = [f"{name} is asked for but not in the checkpoint" for name in tensors if name not in stored]
     problems += [f"{name} is in the checkpoint but nothing here takes it" for name in stored if name not in tensors]
@@ -43,14 +64,24 @@ def plan_reads(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor | DT
         except CheckpointError as error:
             problems += error.problems
     reads.sort(key=lambda read: (read.chunk.file, read.chunk.start))
-    problems += file_faults(path, manifest, {read.chunk.file for read in reads}).values()
+    faults = file_faults(path, manifest, {read.chunk.file for read in reads}).values()
     if problems:
-        raise CheckpointError(f"{path} cannot be loaded", problems)
+        raise CheckpointError(f"{path} cannot be loaded", [*problems, *faults])
+    if faults:
+        raise DamagedError(f"{path} is damaged", list(faults))
     return reads
 
 
+def loaded(manifest: Manifest, prefix: str | tuple[str, ...], saved_by: int, loaded_by: int) -> Loaded:
+    """What a load of all tensors that begin with `prefix` amounts to."""
+    taken = [tensor for name, tensor in manifest.tensors.items() if name.startswith(prefix)]
+    size = sum(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in taken)
+    files = {chunk.file for tensor in taken for chunk in tensor.chunks}
+    return Loaded(len(taken), size, len(files), saved_by, loaded_by)
+
+
 def check_hashes(path: Path, reads: list[Read]) -> None:
-    """Read every chunk that `reads` need and compare its hash; raises CheckpointError naming each that differs."""
+    """Read every chunk that `reads` need and compare its hash; raises DamagedError naming each that differs."""
     problems = []
     for file, of_file in _by_file(reads):
         chunks = {read.chunk.start: read for read in of_file}
@@ -58,7 +89,7 @@ def check_hashes(path: Path, reads: list[Read]) -> None:
             faults = [chunk_fault(handle, read.name, read.tensor, read.chunk) for read in chunks.values()]
         problems += [fault for fault in faults if fault]
     if problems:
-        raise CheckpointError(f"{path} is damaged", problems)
+        raise DamagedError(f"{path} is damaged", problems)
 
 
 def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTensor]) -> None:

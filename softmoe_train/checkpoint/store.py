@@ -7,7 +7,8 @@ is written and flushed, then the documents and the manifest, then the mark; only
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -21,6 +22,8 @@ from softmoe_train.checkpoint.folder import (
     delete,
     delete_or_warn,
     flush_folder,
+    folders_set_aside,
+    set_aside,
     step_folder,
     step_folders,
     step_of,
@@ -41,11 +44,12 @@ from softmoe_train.checkpoint.manifest import (
     read_mark,
     to_json,
 )
-from softmoe_train.checkpoint.reader import check_hashes, copy_reads, file_faults, plan_reads
+from softmoe_train.checkpoint.reader import Loaded, check_hashes, copy_reads, file_faults, loaded, plan_reads
 from softmoe_train.checkpoint.writer import write_tensors
 from softmoe_train.config import Record
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class CheckpointConfig(Record):
@@ -96,18 +100,35 @@ class CheckpointStore:
         """The JSON documents of the checkpoint `path`, each checked against the completion mark."""
         return self._agree(f"{path} cannot be read", lambda: read_documents(path))
 
-    def load(self, path: Path, tensors: Mapping[str, Tensor | DTensor], *, prefix: str = "") -> None:
-        """Fill `tensors` in place from the checkpoint `path`, saved at whatever world size and layout.
+    def set_aside(self, path: Path, problems: Sequence[str]) -> None:
+        """Put the damaged checkpoint `path` where no loader looks, and say so with its `problems`; nothing is deleted."""
+        place = self._from_rank_0(f"{path} is damaged and cannot be set aside", lambda: set_aside(path))
+        if self.rank == 0:
+            lines = "\n".join(f"  - {problem}" for problem in problems)
+            logger.warning("%s is damaged:\n%s\nit is set aside as %s", path, lines, place.name)
 
-        Every stored tensor whose name begins with `prefix` must be asked for, and none besides. All that is missing
-        or different is reported at once, and every byte that any rank needs is checked, before a tensor is touched.
+    def folders_set_aside(self) -> list[Path]:
+        """The damaged checkpoints that were set aside, by this run of the program or an earlier one."""
+        return self._from_rank_0(f"listing {self.folder}", lambda: folders_set_aside(self.folder))
+
+    def load(
+        self, path: Path, tensors: Mapping[str, Tensor | DTensor], *, prefix: str | tuple[str, ...] = ""
+    ) -> Loaded:
+        """Fill `tensors` in place from the checkpoint `path`, saved at whatever world size and layout; says what was read.
+
+        Every stored tensor whose name begins with `prefix` (or one of them) must be asked for, and none besides. All that is
+        missing or different is reported at once, and every byte that any rank needs is checked, before a tensor is touched:
+        DamagedError where files are not what was saved, CheckpointError where something else was asked for.
         """
         what = f"{path} cannot be loaded"
-        reads = self._agree(what, lambda: plan_reads(path, read_manifest(path, read_mark(path)), tensors, prefix))
+        mark = self._agree(what, lambda: read_mark(path))
+        manifest = self._agree(what, lambda: read_manifest(path, mark))
+        reads = self._agree(what, lambda: plan_reads(path, manifest, tensors, prefix))
         self._agree(what, lambda: check_hashes(path, reads))
         self._agree(
             f"{path} failed while it was loaded: the state is undefined", lambda: copy_reads(path, reads, tensors)
         )
+        return loaded(manifest, prefix, mark.world, self.world)
 
     def _prepare(self, path: Path, documents: Mapping[str, JSON]) -> dict[str, bytes] | None:
         """On rank 0: make way for a save; returns the documents' bytes, or None where the step is complete already."""

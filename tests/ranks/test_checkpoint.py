@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from softmoe_train.checkpoint import CheckpointError, CheckpointStore, verify
+from softmoe_train.checkpoint import CheckpointError, CheckpointStore, DamagedError, verify
 from tests.ranks.launch import RankFailedError, run_ranks
 
 E, D, H = 8, 6, 5  # experts, width, hidden
@@ -139,7 +139,7 @@ def _refusals(rank: int, world: int, folders: dict[str, str]) -> dict[str, Probl
         store = store_at(folder, rank, world)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in truth().items()}
         tensors = placed(zeros, world, axis=1)
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(DamagedError) as error:
             store.load(Path(folder) / "step_00000200", tensors)
         untouched = all(not _local(tensor).any() for tensor in tensors.values())
         found[damage] = (error.value.problems, untouched)

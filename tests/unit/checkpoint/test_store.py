@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from softmoe_train.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, shards, verify
+from softmoe_train.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, DamagedError, shards, verify
 
 W1 = "model.blocks.2.moe.experts.w1"
 DOCUMENTS = {"config": {"seed": 3, "name": "é"}, "loop": {"step": 200, "best": [0.5, None]}}
@@ -112,6 +112,55 @@ def test_all_that_is_missing_or_different_is_reported_at_once(saved: Path) -> No
         ("rank_00000.safetensors", "is missing; it holds"),
     ]:
         assert any(line.startswith(names) and words in line for line in lines), (names, lines)
+
+
+def test_what_does_not_fit_is_no_damage(saved: Path) -> None:
+    store, targets = store_in(saved.parent), blank(truth())
+    (saved / "rank_00000.safetensors").unlink()
+    with pytest.raises(DamagedError):
+        store.load(saved, targets)
+    del targets["model.transposed"]
+    with pytest.raises(CheckpointError) as error:
+        store.load(saved, targets)
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_a_checkpoint_of_another_version_is_no_damage(saved: Path) -> None:
+    mark = json.loads((saved / "COMPLETE.json").read_text())
+    (saved / "COMPLETE.json").write_text(json.dumps({**mark, "version": 2}))
+    with pytest.raises(CheckpointError, match="version") as error:
+        store_in(saved.parent).load(saved, blank(truth()))
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_what_is_set_aside_keeps_its_bytes_and_does_not_exist_for_the_loader(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_in(saved.parent)
+    for count in (1, 2):
+        newer = store.save(300, truth(), {})
+        before = {path.name: path.read_bytes() for path in newer.iterdir()}
+        store.set_aside(newer, ["rank_00000.safetensors is missing"])
+        assert store.latest() == saved
+        place = store.folders_set_aside()[-1]
+        assert place.name == "step_00000300.damaged" + ("" if count == 1 else "-2")
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+        assert (
+            f"{newer} is damaged:\n  - rank_00000.safetensors is missing\nit is set aside as {place.name}"
+            in caplog.text
+        )
+    for step in (400, 500, 600):
+        store.save(step, truth(), {})
+    assert len(store.folders_set_aside()) == 2, "retention deletes none of them"
+
+
+def test_a_load_says_what_it_read(saved: Path) -> None:
+    read = store_in(saved.parent).load(saved, blank(truth()))
+    assert str(read) == "read 7 tensors, 0.0 MiB, from 1 file saved by 1 rank; loaded by 1"
+    assert read.bytes == sum(tensor.nbytes for tensor in truth().values())
+    part = {"model.head": torch.zeros(7).bfloat16(), "optimizer.step": torch.tensor(0.0)}
+    read = store_in(saved.parent).load(saved, part, prefix=("model.head", "optimizer."))
+    assert (read.tensors, read.bytes) == (2, 14 + 4)
 
 
 def test_a_target_without_storage_is_refused(saved: Path) -> None:
