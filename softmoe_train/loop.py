@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from softmoe_train.checkpoint import CheckpointError
+from softmoe_train.checkpoint.best import Best, best_of
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.data.batch import Batch, Cursor, ImageStream
 from softmoe_train.dist import gather_over_world, local_values, sum_over_world
@@ -39,6 +41,7 @@ class TrainState:
     wandb_id: str
     skipped_updates: int = 0  # no-ops for a loss or gradient that was not finite, as of the last report
     broken_samples: int = 0  # replaced while training, over all ranks, as of the last report
+    best: Best | None = None  # the checkpoint that is kept for its value
 
     def loop_document(self) -> dict[str, Any]:
         """The part that is not tensors, as JSON."""
@@ -49,18 +52,24 @@ class TrainState:
             "wandb_id": self.wandb_id,
             "skipped_updates": self.skipped_updates,
             "broken_samples": self.broken_samples,
+            "best": None if self.best is None else self.best.to_json(),
         }
 
     def restore(self, document: object) -> None:
-        """Take over what `loop_document` wrote; raises ValueError for anything else."""
-        if not isinstance(document, dict) or set(document) != set(self.loop_document()):
-            raise ValueError(f"the saved loop state is damaged or of another version: {document}")
-        self.step = int(document["step"])
-        self.images_seen = int(document["images_seen"])
-        self.cursor = Cursor.from_json(document["cursor"])
-        self.wandb_id = str(document["wandb_id"])
-        self.skipped_updates = int(document["skipped_updates"])
-        self.broken_samples = int(document["broken_samples"])
+        """Take over what `loop_document` wrote; raises CheckpointError for anything else."""
+        expected = self.loop_document()
+        # A checkpoint from before there was a best lacks that key alone.
+        saved: dict[str, Any] = {"best": None, **document} if isinstance(document, dict) else {}
+        if set(saved) != set(expected):
+            keys = f"it holds {', '.join(saved) or 'nothing'}; this version reads {', '.join(expected)}"
+            raise CheckpointError("the saved loop state is of another version", [keys])
+        self.step = int(saved["step"])
+        self.images_seen = int(saved["images_seen"])
+        self.cursor = Cursor.from_json(saved["cursor"])
+        self.wandb_id = str(saved["wandb_id"])
+        self.skipped_updates = int(saved["skipped_updates"])
+        self.broken_samples = int(saved["broken_samples"])
+        self.best = Best.from_json(saved["best"])
 
 
 class Evaluator(Protocol):
@@ -83,6 +92,7 @@ class Plan:
     learning_rate: Callable[[int], float]
     report_every: int
     save_every: int  # 0 saves only at the end
+    best: str | None  # "highest METRIC" or "lowest METRIC", of what evaluators measure: that checkpoint is kept
     documents: Mapping[str, Any]  # saved beside the loop state: the resolved run, the stream's fingerprint
 
     @property
@@ -171,11 +181,14 @@ def fit(
             log.report(state.step, state.images_seen, metrics | meter.read())
             broken = 0
         with meter.paused():
+            measured: dict[str, float] = {}
             for source, evaluator in evaluators.items():
                 if last or _due(state.step, evaluator.every):
                     values = {f"{source}/{name}": value for name, value in evaluator.run(state)}
                     log.report(state.step, state.images_seen, values)
+                    measured |= values
             if saves:
+                state.best = best_of(plan.best, state.best, state.step, measured)
                 _save(state, plan, store)
     return "complete" if state.step >= plan.steps else "stopped"
 
@@ -193,7 +206,8 @@ def _save(state: TrainState, plan: Plan, store: CheckpointStore) -> None:
             f"step {state.step} is not saved: {_few(bad) or 'tensors of another rank'} hold values that are not finite; the "
             f"last checkpoint stands. {REMEDY}"
         )
-    store.save(state.step, tensors, {**plan.documents, "loop": state.loop_document()})
+    documents = {**plan.documents, "loop": state.loop_document()}
+    store.save(state.step, tensors, documents, best=state.best.step if state.best is not None else None)
 
 
 def _few(names: Iterable[str], most: int = 5) -> str:

@@ -162,6 +162,7 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
     return CheckpointStore(
         config.folder / "checkpoints",
         keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
         rank=world.rank,
         world=world.size,
         group=control_group(world),
@@ -217,6 +218,9 @@ def _restore(path: Path, config: RunConfig, state: TrainState, store: Checkpoint
     read = store.load(path, tensors, prefix=kinds)
     state.engine.load_state_dict(tensors)
     state.restore(documents["loop"])
+    if state.best is not None and not store.holds(state.best.step):
+        # It made way for a better one that was damaged, or somebody deleted it: keep the best of those that come.
+        state.best = None
     if averaged == (config.average is not None):
         return Resumed(str(path), read)
     aside = "without its averaged weights" if averaged else "the average of the weights starts there"
@@ -274,5 +278,6 @@ def _plan(config: RunConfig, stream: ImageStream) -> Plan:
         learning_rate=lambda step: learning_rate(config.schedule, step, config.steps),
         report_every=config.observe.every,
         save_every=config.checkpoint.every,
+        best=config.checkpoint.best,
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )

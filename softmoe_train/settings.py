@@ -1,5 +1,6 @@
 """This file owns the settings of a run: every knob, what may not be combined, and what may not change under a run."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,12 +9,13 @@ import torch
 from pydantic import Field, field_validator
 
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
+from softmoe_train.checkpoint.best import metric_of
 from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, check_data
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.upstream import UpstreamConfig
+from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import ModelConfig
@@ -104,6 +106,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
     """
     problems = compute_problems(config, size, local_size)
     problems += schedule_problems(config.schedule, config.steps)
+    problems += _best_problems(config)
     problems += check_data(
         config.data,
         image_size=config.model.image_size,
@@ -162,6 +165,25 @@ def _void_problems(config: RunConfig) -> list[str]:
             "parallel.reduce_each_micro=true with micro_batches=1: there is one sum either way; use false, or more micro_batches"
         )
     return problems
+
+
+def _best_problems(config: RunConfig) -> list[str]:
+    """Why no checkpoint could ever be the best."""
+    best, upstream = config.checkpoint.best, config.evals.upstream
+    if best is None:
+        return []
+    sources = [] if upstream is None else ["upstream", *(["upstream_average"] if config.average is not None else [])]
+    known = [f"{source}/{measure}" for source in sources for measure in MEASURES]
+    if upstream is None or metric_of(best) not in known:
+        remedy = f"use one of {', '.join(known)}" if known else "no evaluator is on (evals=[upstream]); use null"
+        return [f"checkpoint.best={best}: nothing measures {metric_of(best)}; {remedy}"]
+    if not 0 < math.lcm(upstream.every, config.checkpoint.every) < config.steps:
+        return [
+            f"checkpoint.best={best}: it is measured every {upstream.every} steps and checkpoints are made every "
+            f"{config.checkpoint.every} (0: only at the end), so no step before the last of steps={config.steps} has both; use "
+            f"evals.upstream.every and checkpoint.every that meet, or null"
+        ]
+    return []
 
 
 def decided(config: RunConfig, engine: DeepSpeedConfig, size: int) -> Decided:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from softmoe_train.checkpoint.agreement import CheckpointError, agree, from_rank_0
+from softmoe_train.checkpoint.best import RULE
 from softmoe_train.checkpoint.folder import (
     delete,
     delete_or_warn,
@@ -57,6 +58,31 @@ class CheckpointConfig(Record):
 
     every: Annotated[int, Field(ge=0)]  # steps; 0 saves only at the end
     keep_last: Annotated[int, Field(ge=1)]  # complete checkpoints
+    keep_every: Annotated[int, Field(ge=1)] | None  # steps; checkpoints at its multiples are kept for ever
+    best: str | None  # "highest METRIC" or "lowest METRIC": the best checkpoint is kept too
+
+    @model_validator(mode="after")
+    def _is_clear(self) -> "CheckpointConfig":
+        problems = []
+        if self.keep_every is not None and not self.every:
+            problems.append(
+                f"checkpoint.keep_every={self.keep_every} with checkpoint.every=0, which saves only at the end; use null, or save "
+                f"every {self.keep_every} steps"
+            )
+        elif self.keep_every is not None and self.keep_every % self.every:
+            near = -(-self.keep_every // self.every) * self.every
+            problems.append(
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every={self.every}, so most of its steps "
+                f"have no checkpoint; use {near}"
+            )
+        if self.best is not None and not RULE.fullmatch(self.best):
+            problems.append(
+                f"checkpoint.best={self.best!r} says not which end is good; write it as 'highest upstream/test/top1' or 'lowest "
+                f"upstream/test/loss'"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class CheckpointStore:
@@ -65,18 +91,36 @@ class CheckpointStore:
     `group` is a Gloo group of all `world` ranks that nothing else uses meanwhile; None where there is one process.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, rank: int, world: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        rank: int,
+        world: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
         assert keep_last >= 1, keep_last
         assert world == (1 if group is None else dist.get_world_size(group)), (world, group)
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_every = keep_every
         self.rank = rank
         self.world = world
         self.group = group
 
-    def save(self, step: int, tensors: Mapping[str, Tensor | DTensor], documents: Mapping[str, JSON]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor | DTensor],
+        documents: Mapping[str, JSON],
+        *,
+        best: int | None = None,
+    ) -> Path:
         """Save the state of `step` and return its folder; `documents` (rank 0's) become `<name>.json`.
 
+        Then older checkpoints are deleted, but for the last ones, those of every n-th step, and that of step `best`.
         A plain tensor is the same on every rank. A step that is complete already is left as it is: the state at a
         step is a function of the run, and replacing it would leave an instant without it.
         """
@@ -88,13 +132,18 @@ class CheckpointStore:
             return path
         manifest = write_tensors(path, tensors, self.rank, self.group)
         self._from_rank_0(what, lambda: self._complete(path, step, manifest, texts))
-        self._from_rank_0(f"retention in {self.folder}", self._retain)
+        self._from_rank_0(f"retention in {self.folder}", lambda: self._retain(best))
         return path
 
     def latest(self) -> Path | None:
         """The folder of the newest complete checkpoint, or None; what has no completion mark does not exist."""
         found = self._from_rank_0(f"listing {self.folder}", lambda: step_folders(self.folder, complete=True)[-1:])
         return found[0] if found else None
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a complete checkpoint of `step`."""
+        path = step_folder(self.folder, step)
+        return self._from_rank_0(f"listing {self.folder}", lambda: path in step_folders(self.folder, complete=True))
 
     def read_documents(self, path: Path) -> dict[str, JSON]:
         """The JSON documents of the checkpoint `path`, each checked against the completion mark."""
@@ -160,9 +209,11 @@ class CheckpointStore:
         mark = Mark(version=1, step=step, world=self.world, manifest=hashlib.sha256(text).hexdigest(), documents=hashes)
         write_whole(path / MARK, mark.model_dump_json(indent=1).encode())
 
-    def _retain(self) -> None:
+    def _retain(self, best: int | None) -> None:
         for old in step_folders(self.folder, complete=True)[: -self.keep_last]:
-            delete_or_warn(old)
+            milestone = self.keep_every is not None and step_of(old) % self.keep_every == 0
+            if not milestone and step_of(old) != best:
+                delete_or_warn(old)
 
     def _agree(self, what: str, stage: Callable[[], T]) -> T:
         return agree(what, stage, self.rank, self.group)

@@ -19,6 +19,8 @@ from softmoe_train.model.loss import LossKind, classification_loss, one_hot
 
 logger = logging.getLogger(__name__)
 
+MEASURES = ("test/top1", "test/loss")  # at every evaluation
+
 
 class UpstreamConfig(Record):
     """When to measure on `data.test`, and with how many images of each rank at a time."""

@@ -44,7 +44,7 @@ class Stream:
 def plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "steps": 6, "stop_after": None, "micro_batches": 2, "learning_rate": lambda _: 0.01, "report_every": 1,
-        "save_every": 0, "documents": {},
+        "save_every": 0, "best": None, "documents": {},
     }  # fmt: skip
     return Plan(**{**values, **changes})
 

@@ -210,3 +210,15 @@ def test_a_run_may_change_its_exchange_but_not_what_it_rounds_to(tmp_path: Path)
 
 def test_records_are_strict_about_types() -> None:
     assert any("seed='1'" in p for p in problems_of("recipe=debug", "seed='1'"))
+
+
+def test_a_best_checkpoint_that_could_never_be_is_refused() -> None:
+    (unknown,) = problems_of("recipe=debug", "checkpoint.best=highest upstream/test/top5")
+    assert unknown.startswith(
+        "checkpoint.best=highest upstream/test/top5: nothing measures upstream/test/top5; use one of upst"
+    )
+    (never,) = problems_of("recipe=debug", "checkpoint.best=lowest upstream/test/loss", "checkpoint.every=7")
+    assert "it is measured every 10 steps and checkpoints are made every 7" in never
+    (off,) = problems_of("recipe=debug", "evals.upstream=null", "checkpoint.best=lowest upstream/test/loss")
+    assert "no evaluator is on" in off
+    compose(RunConfig, ["recipe=debug", "checkpoint.best=lowest upstream/test/loss"], lambda c: check(c, 1, 1))

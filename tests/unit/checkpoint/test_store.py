@@ -21,8 +21,8 @@ DOCUMENTS = {"config": {"seed": 3, "name": "é"}, "loop": {"step": 200, "best": 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def store_in(folder: Path, keep_last: int = 2) -> CheckpointStore:
-    return CheckpointStore(folder, keep_last=keep_last, rank=0, world=1, group=None)
+def store_in(folder: Path, keep_last: int = 2, keep_every: int | None = None) -> CheckpointStore:
+    return CheckpointStore(folder, keep_last=keep_last, keep_every=keep_every, rank=0, world=1, group=None)
 
 
 def truth() -> dict[str, Tensor]:
@@ -271,6 +271,17 @@ def test_only_the_newest_are_kept_and_leftovers_are_cleared(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_00000200", "step_00000300"]
 
 
+def test_every_nth_step_and_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep_last=1, keep_every=300)
+    for step, best in ((100, None), (200, 200), (300, 200), (400, 200), (500, 200)):
+        store.save(step, truth(), {}, best=best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000200", "step_00000300", "step_00000500"]
+    assert store.holds(200)
+    assert not store.holds(400)
+    store.save(600, truth(), {}, best=600)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000300", "step_00000600"]
+
+
 def test_a_step_that_is_complete_is_left_as_it_is(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     assert store_in(saved.parent).save(200, blank(truth()), {}) == saved
@@ -306,5 +317,12 @@ def test_what_cannot_be_saved_is_refused_before_a_folder_is_made(
 def test_the_yaml_is_a_legal_configuration() -> None:
     values = yaml.safe_load((ROOT / "conf/checkpoint/default.yaml").read_text())
     assert CheckpointConfig(**values).keep_last >= 1
-    with pytest.raises(ValidationError, match="keep_last"):
-        CheckpointConfig(**{**values, "keep_last": 0})
+    for key, value, words in [
+        ("keep_last", 0, "keep_last"),
+        ("keep_every", 2500, "checkpoint.keep_every=2500 is no multiple of checkpoint.every=1000.* use 3000"),
+        ("best", "upstream/test/top1", "checkpoint.best='upstream/test/top1' says not which end is good"),
+    ]:
+        with pytest.raises(ValidationError, match=words):
+            CheckpointConfig(**{**values, key: value})
+    with pytest.raises(ValidationError, match="which saves only at the end"):
+        CheckpointConfig(**{**values, "every": 0, "keep_every": 10})
