@@ -4,6 +4,7 @@ Every mistake is found before it is reported: all of them go into one message.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,28 @@ def load_yaml(path: Path) -> Tree:
 def as_yaml(config: Record) -> str:
     """The whole configuration as people read it."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def flat(tree: Tree, prefix: str = "") -> Tree:
+    """Every value of a tree by its dotted key."""
+    leaves: Tree = {}
+    for key, value in tree.items():
+        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return leaves
+
+
+def out_problems(key: str, path: str | None, suffix: str) -> list[str]:
+    """Why we could not write this file."""
+    if path is None:
+        return []
+    if not path.endswith(suffix):
+        return [f"{key}={path} is not a {suffix} file; end it in {suffix}"]
+    if Path(path).is_dir():
+        return [f"{key}={path} is a folder; name a file"]
+    folder = Path(path).resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return [f"{key}={path}: {folder} is not a folder that we may write to; make it, or give another path"]
+    return []
 
 
 def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:

@@ -12,7 +12,7 @@ from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.best import metric_of
 from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
-from softmoe_train.config import Record
+from softmoe_train.config import Record, flat
 from softmoe_train.data import DataConfig, check_data
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
 from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
@@ -251,17 +251,10 @@ def _newest_config(folder: Path) -> tuple[Path | None, object]:
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that shape a run's numbers and differ between two saved configurations, each with both values."""
-    old, new = _flat(saved), _flat(now)
+    old, new = flat(saved), flat(now)
     free = tuple(f"{key}." for key in FREE)
     return [
         f"{key}={new.get(key)} (was {old.get(key)})"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key) and (key in SHAPING or (key not in FREE and not key.startswith(free)))
     ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

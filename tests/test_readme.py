@@ -10,8 +10,11 @@ import pytest
 
 from softmoe_train.bench.settings import InferSettings, LayerSettings
 from softmoe_train.commands.bench import MEASURES
+from softmoe_train.commands.main import main
 from softmoe_train.config import compose, compose_own
+from softmoe_train.dist import World
 from softmoe_train.parity.session import ParityConfig
+from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
 from tests.runs import ROOT, environment
 
@@ -83,6 +86,31 @@ def _resume_lines() -> tuple[str, str]:
     text = TEXTS[0].read_text().split("## Stop and resume")[1]
     first, second = re.findall(r"^    (softmoe train .*)$", text, flags=re.MULTILINE)[:2]
     return first, second
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder in which the resume example has run."""
+    folder = tmp_path_factory.mktemp("readme")
+    for overrides in (["stop_after=10"], []):
+        config = compose(
+            RunConfig,
+            ["recipe=debug", "run_dir=" + str(folder / "runs/again"), "observe.wandb.mode=disabled", *overrides],
+            lambda _: [],
+        )
+        train(config, World(0, 1, 0, 1))
+    return folder
+
+
+@pytest.mark.parametrize("words", lines_of("inspect"), ids=" ".join)
+def test_a_look_at_its_checkpoints_runs_as_written(
+    again: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(again)
+    assert main(["inspect", *words]) == 0
+    said = capsys.readouterr().out
+    assert "runs/again/checkpoints/step_00000020" in said
+    assert ("every hash holds" in said) == ("verify=true" in words)
 
 
 def test_the_torchrun_line_runs_as_written(tmp_path: Path) -> None:

@@ -56,17 +56,3 @@ def write_json(
     """All that was measured, for programs."""
     document = {"bench": bench, "facts": facts, "settings": settings, "rows": rows}
     Path(path).write_text(json.dumps(document, indent=1) + "\n")
-
-
-def out_problems(key: str, path: str | None, suffix: str) -> list[str]:
-    """Why we could not write this file."""
-    if path is None:
-        return []
-    if not path.endswith(suffix):
-        return [f"{key}={path} is not a {suffix} file; end it in {suffix}"]
-    if Path(path).is_dir():
-        return [f"{key}={path} is a folder; name a file"]
-    folder = Path(path).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return [f"{key}={path}: {folder} is not a folder that we may write to; make it, or give another path"]
-    return []

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from softmoe_train.bench.facts import out_problems
 from softmoe_train.bench.floor import LayerShape
-from softmoe_train.config import Record
+from softmoe_train.config import Record, out_problems
 
 Positive = Annotated[int, Field(ge=1)]
 Some = Field(min_length=1)

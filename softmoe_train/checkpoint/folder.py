@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.manifest import MARK
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -51,6 +52,23 @@ def set_aside(path: Path) -> Path:
 def folders_set_aside(folder: Path) -> list[Path]:
     """What `set_aside` has left under `folder`."""
     return sorted(path for path in folder.iterdir() if SET_ASIDE.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The step folder that `path` means: itself, or the newest complete one of a run; raises CheckpointError with the remedy."""
+    if (path / MARK).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        complete = step_folders(folder, complete=True)
+        if complete:
+            return complete[-1]
+    if not path.is_dir():
+        problem = "there is no such folder; give a run folder or a step folder"
+    elif STEP_FOLDER.fullmatch(path.name):
+        problem = f"{MARK} is missing: that save never finished, so it is no checkpoint; give another step's folder"
+    else:
+        problem = "it holds no complete checkpoint; give a run folder or a step folder"
+    raise CheckpointError(f"{path} is no checkpoint", [problem])
 
 
 def write_flushed(path: Path, data: bytes) -> None:

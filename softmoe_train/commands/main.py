@@ -6,6 +6,7 @@ import sys
 import softmoe_train
 from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.commands.bench import MEASURES, bench
+from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
@@ -25,9 +26,13 @@ PARITY_EPILOG = """any overrides of a run, and out=FILE.json (for programs) and 
   softmoe parity recipe=quickstart shrink=laptop processes=2 parallel.expert_axis=2
   torchrun --nproc-per-node 8 --no-python softmoe parity model=soft_b16_128e batch_size=64 parallel.sharding=fsdp"""
 
+INSPECT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), verify=true, against=FOLDER, out=FILE.json
+  softmoe inspect ckpt=runs/mine verify=true
+  softmoe inspect ckpt=runs/mine against=runs/other/checkpoints/step_00001000"""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 a proof that fails, 2 a wrong setting, 3 a run that stopped itself or found no memory, 130 interrupted."""
+    """Run one verb; returns the exit code: 0 done, 1 a proof that fails or a checkpoint that is damaged, 2 a wrong setting, 3 a run that stopped itself or found no memory, 130 interrupted."""
     parser = argparse.ArgumentParser("softmoe", description=softmoe_train.__doc__)
     parser.add_argument("--version", action="version", version=f"softmoe_train {softmoe_train.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -55,11 +60,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     measure.add_argument("what", choices=list(MEASURES), help="what to measure")
     measure.add_argument("overrides", nargs="*", help="key=value")
+    look = verbs.add_parser(
+        "inspect",
+        help="what is in a checkpoint, whether it is whole, how it differs from another",
+        epilog=INSPECT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    look.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args(arguments)
     try:
         match options.verb:
             case "bench":
                 return bench(options.what, options.overrides)
+            case "inspect":
+                return inspect(options.overrides)
             case "parity":
                 return parity(options.overrides)
             case _:

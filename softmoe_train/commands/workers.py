@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from softmoe_train.commands.allocation import NO_MEMORY, no_memory
-from softmoe_train.config import ConfigError
+from softmoe_train.config import ConfigError, Record, compose_own
 from softmoe_train.dist import World, world_of
 from softmoe_train.launching.environment import adopt_environment, under_launcher
 from softmoe_train.launching.local import TOLD_CODES, launch_local
@@ -25,6 +25,7 @@ class HasProcesses(Protocol):
 
 
 C = TypeVar("C", bound=HasProcesses)
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ def under_a_launcher() -> bool:
         return under_launcher(os.environ)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
+
+
+def compose_alone(name: str, record: type[R], overrides: list[str]) -> R:
+    """The keys of a verb that is one process and has no run; ConfigError tells all mistakes, and a launcher is one."""
+    settings, problems = compose_own(record, f"{name}.yaml", overrides)
+    if under_a_launcher():
+        problems.append(f"softmoe {name} is one process; start it without a launcher")
+    if settings is None or problems:
+        raise ConfigError(problems)
+    return settings
 
 
 def run_verb(verb: Verb[C], overrides: list[str]) -> int:
