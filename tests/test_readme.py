@@ -7,16 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from softmoe_train.bench.settings import InferSettings, LayerSettings
+from softmoe_train.checkpoint import CheckpointStore
 from softmoe_train.commands.bench import MEASURES
 from softmoe_train.commands.main import main
 from softmoe_train.config import compose, compose_own
-from softmoe_train.dist import World
+from softmoe_train.model.vit import build_model
 from softmoe_train.parity.session import ParityConfig
-from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
+from tests.ranks.small import model_config
 from tests.runs import ROOT, environment
+from tests.unit.checkpoint.test_export import plain_logits
 
 TEXTS = [ROOT / "README.md", ROOT / "data" / "README.md"]
 PROGRAM = f"{shlex.quote(sys.executable)} -m softmoe_train"
@@ -70,16 +73,25 @@ def test_rows_of_the_table_of_changes_compose() -> None:
             compose(RunConfig, words, lambda _: [])
 
 
-def test_the_resume_example_runs_as_written(tmp_path: Path) -> None:
-    stop, resume = _resume_lines()
-    for line, said in ((stop, "stopped at step 10 of 20"), (resume, "complete at step 20 of 20")):
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder in which the resume example has run as written, and what its two lines said."""
+    folder, said = tmp_path_factory.mktemp("readme"), []
+    for line in _resume_lines():
         done = subprocess.run(
-            line.replace("softmoe", PROGRAM, 1), shell=True, cwd=tmp_path, env=environment(WANDB_MODE="disabled"),
+            line.replace("softmoe", PROGRAM, 1), shell=True, cwd=folder, env=environment(WANDB_MODE="disabled"),
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert said in done.stdout
-    assert "resumed from runs/again/checkpoints/step_00000010" in done.stdout
+        said.append(done.stdout)
+    return folder, said
+
+
+def test_the_resume_example_runs_as_written(again: tuple[Path, list[str]]) -> None:
+    stopped, resumed = again[1]
+    assert "stopped at step 10 of 20" in stopped
+    assert "complete at step 20 of 20" in resumed
+    assert "resumed from runs/again/checkpoints/step_00000010" in resumed
 
 
 def _resume_lines() -> tuple[str, str]:
@@ -88,29 +100,42 @@ def _resume_lines() -> tuple[str, str]:
     return first, second
 
 
-@pytest.fixture(scope="module")
-def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working folder in which the resume example has run."""
-    folder = tmp_path_factory.mktemp("readme")
-    for overrides in (["stop_after=10"], []):
-        config = compose(
-            RunConfig,
-            ["recipe=debug", "run_dir=" + str(folder / "runs/again"), "observe.wandb.mode=disabled", *overrides],
-            lambda _: [],
-        )
-        train(config, World(0, 1, 0, 1))
-    return folder
-
-
 @pytest.mark.parametrize("words", lines_of("inspect"), ids=" ".join)
 def test_a_look_at_its_checkpoints_runs_as_written(
-    again: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    again: tuple[Path, list[str]], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(again)
+    monkeypatch.chdir(again[0])
     assert main(["inspect", *words]) == 0
     said = capsys.readouterr().out
     assert "runs/again/checkpoints/step_00000020" in said
     assert ("every hash holds" in said) == ("verify=true" in words)
+
+
+def test_exported_weights_of_its_run_load_without_this_package(
+    again: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (words,) = lines_of("export")
+    monkeypatch.chdir(again[0])
+    assert main(["export", *words]) == 0
+    weights = again[0] / "weights.safetensors"
+    config = compose(RunConfig, ["recipe=debug"], lambda _: [])
+    model = build_model(config.model, torch.float32).to_empty(device="cpu").requires_grad_(False)
+    store = CheckpointStore(again[0] / "runs/again/checkpoints", keep_last=1, rank=0, world=1, group=None)
+    path = store.latest()
+    assert path is not None
+    store.load(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, prefix="model.")
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    # Sums in another order, in float32.
+    torch.testing.assert_close(plain_logits(weights, images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_names_in_the_readme_are_those_of_the_file() -> None:
+    section = TEXTS[0].read_text().split("## Take the weights elsewhere")[1].split("\n## ")[0]
+    rows = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]
+    documented = {part for row in rows for span in re.findall(r"`([^`]+)`", row) for part in span.split(".")}
+    documented |= {"query_norm", "key_norm"}  # in the row of qkv
+    for name in build_model(model_config(), torch.float32).state_dict():
+        assert {part for part in name.split(".") if not part.isdecimal()} <= documented, name
 
 
 def test_the_torchrun_line_runs_as_written(tmp_path: Path) -> None:

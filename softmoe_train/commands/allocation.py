@@ -12,6 +12,7 @@ SMALLER = {
     "train": "use more micro_batches, parallel.recompute=block or parallel.sharding=fsdp, or a smaller batch_size or model",
     "parity": "use a smaller batch_size, reference=same or shrink=model",
     "inspect": "free some",
+    "export": "free some",
     "bench": "use fewer images (images=, batch_size=) or a smaller model or layer",
 }
 

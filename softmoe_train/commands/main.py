@@ -6,6 +6,7 @@ import sys
 import softmoe_train
 from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.commands.bench import MEASURES, bench
+from softmoe_train.commands.export import export
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.train import train
@@ -29,6 +30,10 @@ PARITY_EPILOG = """any overrides of a run, and out=FILE.json (for programs) and 
 INSPECT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), verify=true, against=FOLDER, out=FILE.json
   softmoe inspect ckpt=runs/mine verify=true
   softmoe inspect ckpt=runs/mine against=runs/other/checkpoints/step_00001000"""
+
+EXPORT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), out=FILE.safetensors, weights=model or average,
+experts=together or separate (a file for each expert beside it)
+  softmoe export ckpt=runs/mine out=weights.safetensors"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,11 +72,20 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     look.add_argument("overrides", nargs="*", help="key=value")
+    portable = verbs.add_parser(
+        "export",
+        help="write a checkpoint's weights as one safetensors file for plain PyTorch",
+        epilog=EXPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    portable.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args(arguments)
     try:
         match options.verb:
             case "bench":
                 return bench(options.what, options.overrides)
+            case "export":
+                return export(options.overrides)
             case "inspect":
                 return inspect(options.overrides)
             case "parity":
