@@ -14,7 +14,7 @@ from softmoe_train.launching.environment import adopt_environment, under_launche
 from softmoe_train.launching.local import TOLD_CODES, launch_local
 from softmoe_train.launching.worker import run_worker
 
-GRACE_SECONDS = 5  # what workers get to end after Ctrl-C; they save nothing then
+GRACE_SECONDS = 5  # what the workers of a verb that saves nothing get to end after a signal
 
 
 class HasProcesses(Protocol):
@@ -41,6 +41,7 @@ class Verb(Generic[C]):
     work: Callable[[C, World], int]
     interrupted: Callable[[C], str]
     told: Collection[int] = TOLD_CODES
+    grace_seconds: Callable[[C], int] = lambda _: GRACE_SECONDS
 
 
 def ranks(world: World | None, config: HasProcesses) -> tuple[int, int]:
@@ -73,8 +74,8 @@ def run_verb(verb: Verb[C], overrides: list[str]) -> int:
     config = verb.compose(None)
     if config.processes > 1:
         command = [sys.executable, "-m", "softmoe_train", verb.name, *overrides]
-        code = launch_local(config.processes, command, grace_seconds=GRACE_SECONDS, told=verb.told)
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        code = launch_local(config.processes, command, grace_seconds=verb.grace_seconds(config), told=verb.told)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGUSR1):
             print(f"softmoe {verb.name}: {verb.interrupted(config)}", file=sys.stderr)
         return code
     try:

@@ -3,40 +3,45 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from softmoe_train.launching.worker import LAUNCHER
+from softmoe_train.launching.worker import LAUNCHER, RESUME
 
-TOLD_CODES = (2, 3)  # a refused setting, a run that stopped itself: every rank ends so, and rank 0 has said why
+# A refused setting, a run that stopped itself, one that was asked to: every rank ends so, and rank 0 has said why.
+TOLD_CODES = (2, 3, RESUME)
 LOOK_SECONDS = 1.0  # more than lies between two looks of the agent at its workers, also on a busy host
 SURVIVOR_SECONDS = 3  # what the ranks beside a failed one get after SIGTERM: their step cannot be finished any more
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# Signals this soon after the first are the first: timeout(1) sends two, and a person's Ctrl-C may come with the shell's.
+ONE_SIGNAL_SECONDS = 1.0
+OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGENTS = (signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch_local(processes: int, command: list[str], *, grace_seconds: int, told: Collection[int] = TOLD_CODES) -> int:
     """Run `command` in `processes` local workers with torchrun's environment, and return the exit code of the whole.
 
     A worker's main belongs in `run_worker`. 0 when all ended well; when one fails the others are ended within seconds,
-    its traceback is printed last, and its exit code returned (128 + n for signal n). SIGINT and SIGTERM go on to the
-    process groups of all workers, which are killed `grace_seconds` later if they still run; the code is 130 or 143. Of a
-    worker that ends with a code of `told` without raising, nothing more is said.
-    Must be called from the main thread: the workers die with it, and signals arrive there.
+    its traceback is printed last, and its exit code returned (128 + n for signal n). Of a worker that ends with a code of
+    `told` without raising, nothing more is said. SIGINT, SIGTERM and SIGUSR1 go on to the process groups of all workers, which are
+    killed `grace_seconds` later if they still run, or at once at a second signal; the code is then 128 + n, unless the workers
+    ended well (0) or with one of `told`. Must be called from the main thread: the workers die with it, and signals arrive there.
     """
     with ExitStack() as stack:
         log_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="softmoe_launch_"))
-        stack.enter_context(restored_signals())
         stack.enter_context(worker_environment(processes))
         stack.enter_context(quiet_elastic())
         ended = stack.enter_context(bounded_close(grace_seconds))
@@ -51,24 +56,32 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int, told
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+            signals_to_handle=",".join(number.name for number in AGENTS),
         )
+        stack.enter_context(own_signals())
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             return report_failure(error.failures, ended, told)
         except SignalException as error:
-            return 128 + error.sigval
-        except KeyboardInterrupt:  # before the agent had its handlers
-            return 128 + signal.SIGINT
+            return code_after(error.sigval, ended, told)
         return 0
 
 
 @dataclass
 class Ended:
-    """What had ended when the agent first saw a failure, before it asked the other workers to end."""
+    """What had ended when the agent first saw a failure, before it asked the other workers to end, and how all did at last."""
 
     ranks: set[int] = field(default_factory=set)
     seen: float = 0.0  # seconds since the epoch
+    codes: list[int | None] = field(default_factory=list)
+
+
+def code_after(number: int, ended: Ended, told: Collection[int]) -> int:
+    """The exit code of a launch that got a signal: what the workers made of it, else the signal's."""
+    if ended.codes and not any(code != 0 for code in ended.codes):
+        return 0
+    return max((code for code in ended.codes if code in told and code is not None), default=128 + number)
 
 
 def report_failure(failures: dict[int, ProcessFailure], ended: Ended, told: Collection[int] = TOLD_CODES) -> int:
@@ -116,9 +129,19 @@ def traceback_of(failure: ProcessFailure) -> str:
 
 
 @contextmanager
-def restored_signals() -> Iterator[None]:
-    """Puts back the signal handlers that the elastic agent replaces and leaves replaced."""
-    before = {number: signal.getsignal(number) for number in HANDLED}
+def own_signals() -> Iterator[None]:
+    """Has OURS end the launch as the agent's handlers would, but once a second; puts back all that it or the agent replaces."""
+    before = {number: signal.getsignal(number) for number in (*OURS, *AGENTS)}
+    latest = -ONE_SIGNAL_SECONDS
+
+    def end(number: int, frame: object) -> None:
+        nonlocal latest
+        if time.monotonic() - latest >= ONE_SIGNAL_SECONDS:
+            latest = time.monotonic()
+            raise SignalException(f"signal {number}", signal.Signals(number))
+
+    for number in OURS:
+        signal.signal(number, end)
     try:
         yield
     finally:
@@ -156,22 +179,38 @@ def quiet_elastic() -> Iterator[None]:
 
 @contextmanager
 def bounded_close(grace_seconds: int) -> Iterator[Ended]:
-    """Bounds how long the agent waits between asking workers to end and killing them; fills what it yields just before.
+    """Bounds how long the agent waits between asking workers to end and killing them; fills what it yields.
 
     After a failure it waits 30 s, which no option reaches: it calls `close()` bare. On a signal it names the signal,
-    and the workers may want the time to save.
+    and the workers may want the time to save. To end with RESUME is no failure: the other workers are left to follow.
     """
     close, ended = PContext.close, Ended()
 
     def close_soon(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         if isinstance(self, SubprocessContext) and not ended.ranks:
-            handlers = self.subprocess_handlers.items()
-            ended.ranks = {rank for rank, handler in handlers if handler.proc.poll() is not None}
+            handlers = self.subprocess_handlers
+            ended.ranks = {rank for rank, handler in handlers.items() if handler.proc.poll() is not None}
             ended.seen = time.time()
-        close(self, death_sig, SURVIVOR_SECONDS if death_sig is None else grace_seconds)
+            if ended.ranks and all(handlers[rank].proc.returncode == RESUME for rank in ended.ranks):
+                wait_for_workers(handlers, grace_seconds)
+        try:
+            close(self, death_sig, SURVIVOR_SECONDS if death_sig is None else grace_seconds)
+        except SignalException:  # asked a second time
+            close(self, signal.SIGKILL, SURVIVOR_SECONDS)
+            raise
+        if isinstance(self, SubprocessContext):
+            ended.codes = [handler.proc.poll() for handler in self.subprocess_handlers.values()]
 
     PContext.close = close_soon
     try:
         yield ended
     finally:
         PContext.close = close
+
+
+def wait_for_workers(handlers: Mapping[int, SubprocessHandler], seconds: int) -> None:
+    """Give workers this long to end by themselves."""
+    until = time.monotonic() + seconds
+    with suppress(subprocess.TimeoutExpired):
+        for handler in handlers.values():
+            handler.proc.wait(max(0.0, until - time.monotonic()))

@@ -11,6 +11,7 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 LAUNCHER = "SOFTMOE_LAUNCHER_PID"  # set by our own launcher, which shows a failure itself
+RESUME = 75  # the exit code of a run that was asked to end and has saved: the same command goes on (EX_TEMPFAIL of <sysexits.h>)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 

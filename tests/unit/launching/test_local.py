@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from softmoe_train.launching.local import Ended, report_failure
+from softmoe_train.launching.local import ONE_SIGNAL_SECONDS, Ended, report_failure
+from softmoe_train.launching.worker import RESUME
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = """
@@ -147,8 +148,8 @@ def test_a_kill_comes_before_the_errors_of_the_second_before_it_was_seen(
 
 def test_an_exit_code_of_a_worker_is_the_exit_code_of_the_launch(folder: Path) -> None:
     code, err = finish(start("code", folder))
-    assert code == 75
-    assert err.strip() == "rank 1 failed first: it exited with 75"
+    assert code == 7
+    assert err.strip() == "rank 1 failed first: it exited with 7"
 
 
 @pytest.mark.parametrize(
@@ -166,14 +167,38 @@ def test_a_signal_ends_all_ranks_within_seconds(folder: Path, mode: str, number:
     assert not any(map(is_running, workers))
 
 
-def test_within_the_grace_after_a_signal_the_ranks_can_save(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_within_the_grace_after_a_signal_the_ranks_can_save_and_their_code_is_the_launchs(
+    folder: Path, number: signal.Signals
+) -> None:
     launch = start("save", folder, grace=20)
     pids(folder, "rank0", "rank1")
     begin = time.monotonic()
-    launch.send_signal(signal.SIGTERM)
-    assert finish(launch) == (143, "")
+    launch.send_signal(number)
+    time.sleep(0.1)
+    launch.send_signal(number)  # as timeout(1) does: it is one signal still
+    assert finish(launch) == (RESUME, "")
     assert time.monotonic() - begin < 10  # it waits for them, not for the grace
     assert [(folder / f"saved{rank}").exists() for rank in range(2)] == [True, True]
+    assert [(folder / f"told{rank}").read_text() for rank in range(2)] == [f"{number.name} "] * 2
+
+
+def test_a_second_signal_ends_all_ranks_at_once(folder: Path) -> None:
+    launch = start("stubborn", folder, grace=60)
+    workers = pids(folder, "rank0", "rank1")
+    launch.send_signal(signal.SIGTERM)
+    time.sleep(ONE_SIGNAL_SECONDS + 0.1)
+    assert all(map(is_running, workers))
+    begin = time.monotonic()
+    launch.send_signal(signal.SIGINT)
+    assert finish(launch) == (130, "")
+    assert time.monotonic() - begin < 3
+    assert not any(map(is_running, workers))
+
+
+def test_a_worker_that_ends_to_be_resumed_leaves_the_others_their_time(folder: Path) -> None:
+    assert finish(start("resume", folder, grace=20)) == (RESUME, "")
+    assert (folder / "closed").exists()
 
 
 def test_a_killed_launcher_leaves_no_worker_and_no_decoder(folder: Path) -> None:

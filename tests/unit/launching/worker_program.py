@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from softmoe_train.launching.worker import run_worker
+from softmoe_train.launching.worker import RESUME, run_worker
 
 
 def main() -> int:
@@ -20,7 +20,8 @@ def main() -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
     elif mode == "save":
-        signal.signal(signal.SIGTERM, lambda number, frame: save(folder, rank))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: save(folder, rank, number))
     note(folder, f"rank{rank}")
     if mode == "sum":
         dist.init_process_group("gloo")
@@ -45,7 +46,12 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.zeros(1))
     elif mode == "code":
-        return 75 if rank == 1 else 0
+        return 7 if rank == 1 else 0
+    elif mode == "resume":
+        if rank == 0:
+            time.sleep(1)
+            (folder / "closed").touch()
+        return RESUME
     elif mode in ("sleep", "stubborn", "save"):
         time.sleep(120)
     elif mode == "decode":
@@ -64,10 +70,12 @@ class Endless(torch.utils.data.IterableDataset):
             yield torch.zeros(1)
 
 
-def save(folder: Path, rank: int) -> None:
+def save(folder: Path, rank: int, number: int) -> None:
+    with (folder / f"told{rank}").open("a") as told:
+        told.write(f"{signal.Signals(number).name} ")
     time.sleep(1)
     (folder / f"saved{rank}").touch()
-    sys.exit(0)
+    sys.exit(RESUME)
 
 
 def note(folder: Path, name: str) -> None:
