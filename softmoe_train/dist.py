@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+ControlGroup = dist.ProcessGroup | None  # of Gloo, for agreements between hosts; None for a process alone
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
@@ -82,8 +83,8 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def control_group(world: World, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-    """A Gloo group of its own for agreements between hosts (checkpoints); None for a process alone. Collective."""
+def control_group(world: World, timeout: timedelta | None = None) -> ControlGroup:
+    """A group of its own for agreements between hosts (checkpoints, a request to stop). Collective."""
     if world.size == 1:
         return None
     group = dist.new_group(backend="gloo", timeout=timeout)
@@ -91,10 +92,26 @@ def control_group(world: World, timeout: timedelta | None = None) -> dist.Proces
     return group
 
 
-def wait_for_all(group: dist.ProcessGroup | None) -> None:
+def wait_for_all(group: ControlGroup) -> None:
     """Hold the ranks of a control group until all are here, for as long as its own timeout allows."""
     if group is not None:
         dist.barrier(group)
+
+
+class PendingMax:
+    """The highest of the ranks' numbers over a control group, under way from here to `wait`; every rank makes and waits for it."""
+
+    def __init__(self, number: int, group: ControlGroup) -> None:
+        self._number = torch.tensor(number, device="cpu")
+        self._work = (
+            dist.all_reduce(self._number, dist.ReduceOp.MAX, group, async_op=True) if group is not None else None
+        )
+
+    def wait(self) -> int:
+        """The number; waits only for ranks that have not come to where it was made, never for a device."""
+        if self._work is not None:
+            self._work.wait()
+        return int(self._number)
 
 
 def gather_texts(texts: list[str]) -> list[str]:

@@ -82,6 +82,14 @@ class Evaluator(Protocol):
         ...
 
 
+class StopRequest(Protocol):
+    """Whether the run is to end before its last step."""
+
+    def agreed(self) -> str | None:
+        """Why to stop after this step, or None: the same on every rank, each of which must ask once a step."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long a run is and when it does what, in steps."""
@@ -91,7 +99,7 @@ class Plan:
     micro_batches: int
     learning_rate: Callable[[int], float]
     report_every: int
-    save_every: int  # 0 saves only at the end
+    save_every: int  # 0 saves only where the run ends
     best: str | None  # "highest METRIC" or "lowest METRIC", of what evaluators measure: that checkpoint is kept
     documents: Mapping[str, Any]  # saved beside the loop state: the resolved run, the stream's fingerprint
 
@@ -155,14 +163,16 @@ def fit(
     evaluators: Mapping[str, Evaluator],
     store: CheckpointStore,
     log: SilentLog,
+    stop: StopRequest,
 ) -> str:
-    """Train from `state` to the plan's last step; returns why it ended: "complete" or "stopped"."""
+    """Train from `state` to the plan's last step; returns why it ended: "complete", "stopped", or what `stop` says."""
     device = state.engine.device
     meter, watch = Meter(device), FiniteWatch(device)
     broken = 0
     stream.seek(state.cursor)
     batches = iter(stream)
-    while state.step < plan.last:
+    asked = None
+    while state.step < plan.last and not asked:
         with meter.waiting():
             batch = next(batches)
         lr = plan.learning_rate(state.step)
@@ -173,9 +183,12 @@ def fit(
         state.cursor = batch.cursor
         watch.see(state.step, report)
         broken += _name_broken(batch)
+        asked = stop.agreed()
+        if asked:
+            log.message(f"{asked}: saving step {state.step}, then ending")
         last = state.step == plan.last
-        saves = last or _due(state.step, plan.save_every)
-        if last or saves or _due(state.step, plan.report_every):
+        saves = last or asked or _due(state.step, plan.save_every)
+        if saves or _due(state.step, plan.report_every):
             watch.check(state.step)
             metrics = _train_metrics(state, report, lr, watch, broken)
             log.report(state.step, state.images_seen, metrics | meter.read())
@@ -190,7 +203,7 @@ def fit(
             if saves:
                 state.best = best_of(plan.best, state.best, state.step, measured)
                 _save(state, plan, store)
-    return "complete" if state.step >= plan.steps else "stopped"
+    return "complete" if state.step >= plan.steps else asked or "stopped"
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,7 +4,8 @@ Read this file first, then loop.py, then model/moe.py.
 """
 
 import math
-from contextlib import nullcontext
+import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.claim import claim
+from softmoe_train.faults.stop import AgreedStop, agreed_stop
+from softmoe_train.launching.worker import RESUME
 from softmoe_train.loop import Evaluator, Plan, TrainState, fit
 from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
@@ -36,6 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def train(config: RunConfig, world: World) -> str:
     """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended."""
+    began = time.monotonic()
     device = pick_device(config.device, world.local_rank)
     # The claim comes after the process group: by then every rank has checked that the folder is free.
     with process_group(world, device), claim(config.folder) if world.main else nullcontext():
@@ -49,17 +53,15 @@ def train(config: RunConfig, world: World) -> str:
         resumed = _resume(config, state, store, stream)
         log = _log(config, world, state, resumed=resumed)
         log.message(_description(config, engine, topology))
-        reason = "failed"
-        try:
-            reason = fit(state, _plan(config, stream), stream, evaluators, store, log)
-        except KeyboardInterrupt:
-            reason = "interrupted"
-            raise
-        except BaseException as error:
-            reason = f"failed: {type(error).__name__}: {error}"
-            raise
-        finally:
-            log.close(reason, failed=reason.startswith("failed"))
+        with _stop(config, world, began) as stop:
+            reason = "failed"
+            try:
+                reason = fit(state, _plan(config, stream), stream, evaluators, store, log, stop)
+            except BaseException as error:
+                reason = f"failed: {type(error).__name__}: {error}"
+                raise
+            finally:
+                log.close(reason, failed=reason.startswith("failed"))
     return reason
 
 
@@ -253,6 +255,15 @@ def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Resumed
         log.message(f"resumed from {resumed.source} at step {state.step} of {config.steps}")
         log.message(str(resumed.read))
     return log
+
+
+def _stop(config: RunConfig, world: World, began: float) -> AbstractContextManager[AgreedStop]:
+    return agreed_stop(
+        world,
+        ends_at=None if config.time_limit is None else began + 60 * config.time_limit,
+        grace_seconds=config.checkpoint.grace,
+        exit_code=RESUME,
+    )
 
 
 def _description(config: RunConfig, engine: TorchEngine | DeepSpeedEngine, topology: Topology) -> str:

@@ -27,6 +27,7 @@ from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
 from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems
 
 Positive = Annotated[int, Field(ge=1)]
+Minutes = Annotated[float, Field(gt=0)]
 
 
 class TorchEngineConfig(Record):
@@ -52,6 +53,7 @@ class RunConfig(Record):
     seed: Annotated[int, Field(ge=0)]
     steps: Positive  # updates of the whole run
     stop_after: Positive | None  # end cleanly after this step, as an interruption would
+    time_limit: Minutes | None  # from its start, after which this process saves and ends, to be resumed
     batch_size: Positive  # images of one step, over all ranks
     micro_batches: Positive  # parts of a rank's images that go through the model one after another
     processes: Positive  # local workers to start; under torchrun or srun the launcher decides
@@ -94,8 +96,8 @@ class RunConfig(Record):
 # the one of `parallel` that rounds.
 SHAPING = {"parallel.exchange_dtype"}
 FREE = {
-    "name", "run_dir", "stop_after", "micro_batches", "processes", "device", "compile", "allow_changes", "parallel", "engine",
-    "checkpoint", "observe", "evals", "data.train", "data.test", "data.workers", "data.prefetch", "data.max_broken",
+    "name", "run_dir", "stop_after", "time_limit", "micro_batches", "processes", "device", "compile", "allow_changes", "parallel",
+    "engine", "checkpoint", "observe", "evals", "data.train", "data.test", "data.workers", "data.prefetch", "data.max_broken",
 }  # fmt: skip
 
 

@@ -41,6 +41,22 @@ def softmoe(*overrides: str, folder: Path, ok: bool = True, **changes: str) -> s
     return done
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes of ours that `pid` started: the ranks of a launcher."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    found = [int(child) for child in text.split()]
+    return [child for child in found if b"softmoe_train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs still; one that only waits to be collected does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
 def metrics(run: Path, name: str) -> dict[int, float]:
     """One metric of a run by step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

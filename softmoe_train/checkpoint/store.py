@@ -56,10 +56,11 @@ logger = logging.getLogger(__name__)
 class CheckpointConfig(Record):
     """When to save and how much to keep."""
 
-    every: Annotated[int, Field(ge=0)]  # steps; 0 saves only at the end
+    every: Annotated[int, Field(ge=0)]  # steps; 0 saves only where a run ends
     keep_last: Annotated[int, Field(ge=1)]  # complete checkpoints
     keep_every: Annotated[int, Field(ge=1)] | None  # steps; checkpoints at its multiples are kept for ever
     best: str | None  # "highest METRIC" or "lowest METRIC": the best checkpoint is kept too
+    grace: Annotated[int, Field(ge=1)]  # seconds from a signal to the end of the save that it asks for
 
     @model_validator(mode="after")
     def _is_clear(self) -> "CheckpointConfig":

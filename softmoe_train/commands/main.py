@@ -37,7 +37,11 @@ experts=together or separate (a file for each expert beside it)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 a proof that fails or a checkpoint that is damaged, 2 a wrong setting, 3 a run that stopped itself or found no memory, 130 interrupted."""
+    """Run one verb; returns the exit code.
+
+    0 done, 1 a proof that fails or a checkpoint that is damaged, 2 a wrong setting, 3 a run that stopped itself or found no memory,
+    75 a run that was asked to end and is to be resumed, 128 + n ended by signal n.
+    """
     parser = argparse.ArgumentParser("softmoe", description=softmoe_train.__doc__)
     parser.add_argument("--version", action="version", version=f"softmoe_train {softmoe_train.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -13,9 +13,12 @@ from softmoe_train.commands.workers import Verb, as_worker, ranks, run_verb, und
 from softmoe_train.config import as_yaml, compose
 from softmoe_train.dist import World
 from softmoe_train.launching.local import TOLD_CODES
+from softmoe_train.launching.worker import RESUME
 from softmoe_train.loop import NonFiniteLossError
 from softmoe_train.run import train as train_rank
 from softmoe_train.settings import RunConfig, check
+
+EXIT_SECONDS = 5  # what a worker that gives up its save may need to be gone
 
 
 def train(overrides: list[str], *, print_only: bool) -> int:
@@ -29,6 +32,7 @@ def train(overrides: list[str], *, print_only: bool) -> int:
         compose=lambda world: compose(RunConfig, overrides, lambda c: check(c, *ranks(world, c))),
         work=lambda config, world: _train(config, overrides, world),
         interrupted=_interrupted,
+        grace_seconds=lambda config: config.checkpoint.grace + EXIT_SECONDS,
     )
     return run_verb(verb, overrides)
 
@@ -50,7 +54,7 @@ def _train(config: RunConfig, overrides: list[str], world: World) -> int:
         return TOLD_CODES[1]
     if world.main:
         print(closing(config, reason, overrides, world), flush=True)
-    return 0
+    return RESUME if reason.startswith("interrupted") else 0
 
 
 def _print(overrides: list[str]) -> int:

@@ -2,13 +2,16 @@
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from softmoe_train.config import compose
 from softmoe_train.data.batch import Batch
 from softmoe_train.dist import World
+from softmoe_train.faults.stop import AgreedStop
 from softmoe_train.parity.state import parity_batch
 from softmoe_train.run import build_engine, build_topology
 from softmoe_train.settings import RunConfig
@@ -44,11 +47,13 @@ def problem_of(overrides: str, world: World, device: torch.device) -> str:
     config = compose(RunConfig, words, lambda _: [])
     engine = build_engine(config, build_topology(config, world, device), device)
     steps = [parity_batch(config, update, range(config.batch_size)).to(device).split(2) for update in range(3)]
+    stop = AgreedStop(SimpleNamespace(asked=None), None, dist.new_group(backend="gloo"))  # pyright: ignore
 
     def step(parts: list[Batch]) -> None:
         for part in parts:
             engine.forward_backward(part, last=part is parts[-1])
         engine.update(1e-3)
+        stop.agreed()
 
     step(steps[0])  # what happens once may wait
     if device.type == "cuda":

@@ -41,6 +41,24 @@ class Stream:
             yield Batch(pixels, batch.labels, batch.mask, batch.sample_ids, batch.cursor, ())
 
 
+class Never:
+    """Nobody wants the run to end early."""
+
+    def agreed(self) -> str | None:
+        return None
+
+
+class AfterStep(Never):
+    """Somebody wants the run to end after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def agreed(self) -> str | None:
+        self.left -= 1
+        return None if self.left else "interrupted by SIGTERM"
+
+
 def plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "steps": 6, "stop_after": None, "micro_batches": 2, "learning_rate": lambda _: 0.01, "report_every": 1,
@@ -58,7 +76,13 @@ def run(rank: int, world: int, folder: str, bad: dict[int, int], report_every: i
     before = engine.parameters["head.weight"].detach().clone()
     try:
         reason = fit(
-            state, plan(report_every=report_every, save_every=2), Stream(rank, world, bad), {}, store, SilentLog("")
+            state,
+            plan(report_every=report_every, save_every=2),
+            Stream(rank, world, bad),
+            {},
+            store,
+            SilentLog(""),
+            Never(),
         )
     except NonFiniteLossError as error:
         reason = str(error)
@@ -114,7 +138,7 @@ def never_updates(rank: int, world: int, folder: str) -> tuple[str, bool]:
     )
     state = TrainState(engine, 0, 0, Cursor(0), "")
     with pytest.raises(NonFiniteLossError) as caught:
-        fit(state, plan(steps=40, report_every=6), Stream(rank, world, {}), {}, store, SilentLog(""))
+        fit(state, plan(steps=40, report_every=6), Stream(rank, world, {}), {}, store, SilentLog(""), Never())
     return str(caught.value), all(torch.equal(before[name], q) for name, q in engine.local.items())
 
 
@@ -178,7 +202,7 @@ def steps_of_the_loop(rank: int, world: int, folder: str) -> list[Any]:
     store = CheckpointStore(Path(folder), keep_last=1, rank=rank, world=world, group=None)
     state = TrainState(engine, 0, 0, Cursor(0), "")  # pyright: ignore[reportArgumentType]
     four = plan(steps=2, micro_batches=4, learning_rate=lambda step: 0.5 + step)
-    fit(state, four, Stream(rank, world, {}), {}, store, SilentLog(""))
+    fit(state, four, Stream(rank, world, {}), {}, store, SilentLog(""), Never())
     return engine.calls
 
 
@@ -187,6 +211,35 @@ def test_a_step_is_its_micro_batches_then_one_update_at_the_rate_of_that_step(tm
     micro = GLOBAL_BATCH // 4
     batch = [(micro, False)] * 3 + [(micro, True)]
     assert calls == [*batch, 0.5, *batch, 1.5]
+
+
+class Measured:
+    """An evaluator that only writes down at which steps it was asked."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.steps = every, []
+
+    def run(self, state: TrainState) -> list[tuple[str, float]]:
+        self.steps.append(state.step)
+        return []
+
+
+def asked_to_stop(rank: int, world: int, folder: str, at: int) -> tuple[str, int, str, list[int], list[int]]:
+    engine = build(rank, world, expert_axis=1, sharding="replicated")
+    store = CheckpointStore(Path(folder), keep_last=9, rank=rank, world=world, group=None)
+    state = TrainState(engine, 0, 0, Cursor(0), "")
+    often, at_the_end = Measured(2), Measured(0)
+    stream = Stream(rank, world, {})
+    reason = fit(state, plan(), stream, {"a": often, "b": at_the_end}, store, SilentLog(""), AfterStep(at))
+    latest = store.latest()
+    return reason, state.step, latest.name if latest else "", often.steps, at_the_end.steps
+
+
+def test_a_run_that_is_asked_to_stop_saves_that_step_and_measures_only_what_is_due(tmp_path: Path) -> None:
+    (stopped,) = run_ranks(asked_to_stop, 1, str(tmp_path / "three"), 3)
+    assert stopped == ("interrupted by SIGTERM", 3, "step_00000003", [2], [])
+    (complete,) = run_ranks(asked_to_stop, 1, str(tmp_path / "six"), 6)
+    assert complete == ("complete", 6, "step_00000006", [2, 4, 6], [6])
 
 
 def blow_up(rank: int, world: int, folder: str) -> str:
@@ -199,7 +252,7 @@ def blow_up(rank: int, world: int, folder: str) -> str:
     state = TrainState(engine, 0, 0, Cursor(0), "")
     stream = Stream(rank, world, {})
     with pytest.raises(NonFiniteLossError) as caught:
-        fit(state, plan(learning_rate=lambda _: 0.0), stream, {}, store, SilentLog(""))
+        fit(state, plan(learning_rate=lambda _: 0.0), stream, {}, store, SilentLog(""), Never())
     assert store.latest() is None
     return str(caught.value)
 

@@ -1,6 +1,5 @@
 """A run that is stopped, killed or moved to another layout goes on as if nothing had happened."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, command, environment, metrics, same_bits, softmoe, stored
+from tests.runs import ROOT, alive, children_of, command, environment, metrics, same_bits, softmoe, stored
 
 # Digits with random crops and a decode worker: order, augmentation and optimizer state all matter.
 DATA = [
@@ -117,23 +116,6 @@ def test_a_run_killed_between_checkpoints_goes_on_as_if_it_had_not_been(folder: 
     assert same_bits(stored(killed, 20), stored(whole, 20))
 
 
-def test_control_c_ends_all_ranks_within_seconds(folder: Path) -> None:
-    launcher = subprocess.Popen(
-        command(*DATA, "run_dir=interrupted", "processes=2", "steps=100000"),
-        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert launcher.stdout is not None
-    assert any(line.startswith("step") for line in launcher.stdout)
-    ranks = children_of(launcher.pid)
-    began = time.monotonic()
-    launcher.send_signal(signal.SIGINT)
-    _, said = launcher.communicate(timeout=30)
-    assert launcher.returncode == 128 + signal.SIGINT
-    assert "softmoe train: interrupted" in said
-    assert time.monotonic() - began < 10
-    assert not any(alive(pid) for pid in ranks)
-
-
 def test_a_finished_run_says_so_and_changes_nothing(folder: Path, whole: Path) -> None:
     before = stored(whole, 20), (whole / "metrics.jsonl").read_text()
     done = softmoe(*DATA, "run_dir=whole", "processes=2", "parallel.expert_axis=2", folder=folder)
@@ -169,17 +151,3 @@ def test_other_images_are_not_taken_for_the_same_run(folder: Path, half: Path) -
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "data.train gives other samples than" in done.stderr
-
-
-def children_of(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    found = [int(child) for child in text.split()]
-    return [child for child in found if b"softmoe_train" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
