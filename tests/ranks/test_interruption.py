@@ -217,7 +217,7 @@ def test_a_second_control_c_ends_a_run_that_hangs(tmp_path: Path) -> None:
     began = time.monotonic()
     at_the_terminal(run)
     assert run.end() == 128 + SIGINT
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15  # not the grace, which is 120 s
     assert "softmoe train: interrupted before the first checkpoint of runs/debug" in run.err
 
 
@@ -247,7 +247,7 @@ def test_a_save_that_does_not_end_in_its_grace_is_as_if_it_had_not_begun(tmp_pat
     began = time.monotonic()
     at_the_terminal(run)
     assert run.end() == RESUME
-    assert 2 <= time.monotonic() - began < 5
+    assert 2 <= time.monotonic() - began < 20  # not the disk, which takes 60 s
     assert "2 s after SIGINT (checkpoint.grace)" in run.err
     assert [path.name for path in step_folders(checkpoints, complete=True)] == ["step_00000003"]
 
