@@ -42,48 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     0 done, 1 a proof that fails or a checkpoint that is damaged, 2 a wrong setting, 3 a run that stopped itself or found no memory,
     75 a run that was asked to end and is to be resumed, 128 + n ended by signal n.
     """
-    parser = argparse.ArgumentParser("softmoe", description=softmoe_train.__doc__)
-    parser.add_argument("--version", action="version", version=f"softmoe_train {softmoe_train.__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verb = verbs.add_parser(
-        "train",
-        help="pretrain, or continue what the run folder holds",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
-    verb.add_argument("overrides", nargs="*", help="key=value")
-    proof = verbs.add_parser(
-        "parity",
-        help="prove that this layout computes what one process computes; needs no data",
-        epilog=PARITY_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    proof.add_argument("overrides", nargs="*", help="key=value")
-    told = "".join(f"\n  {name:<9} {text}" for name, text in MEASURES.items())
-    measure = verbs.add_parser(
-        "bench",
-        help="measure against a floor taken in the same minute: layer, infer, step, exchange",
-        epilog=BENCH_EPILOG.format(measures=told),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    measure.add_argument("what", choices=list(MEASURES), help="what to measure")
-    measure.add_argument("overrides", nargs="*", help="key=value")
-    look = verbs.add_parser(
-        "inspect",
-        help="what is in a checkpoint, whether it is whole, how it differs from another",
-        epilog=INSPECT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    look.add_argument("overrides", nargs="*", help="key=value")
-    portable = verbs.add_parser(
-        "export",
-        help="write a checkpoint's weights as one safetensors file for plain PyTorch",
-        epilog=EXPORT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    portable.add_argument("overrides", nargs="*", help="key=value")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         match options.verb:
             case "bench":
@@ -105,3 +64,30 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"softmoe {options.verb}: {said}", file=sys.stderr)
         return NO_MEMORY
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("softmoe", description=softmoe_train.__doc__)
+    parser.add_argument("--version", action="version", version=f"softmoe_train {softmoe_train.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, told: str, epilog: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=told, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    measures = "".join(f"\n  {name:<9} {text}" for name, text in MEASURES.items())
+    training = verb("train", "pretrain, or continue what the run folder holds", EPILOG)
+    training.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
+    proof = verb("parity", "prove that this layout computes what one process computes; needs no data", PARITY_EPILOG)
+    measuring = verb(
+        "bench",
+        "measure against a floor taken in the same minute: layer, infer, step, exchange",
+        BENCH_EPILOG.format(measures=measures),
+    )
+    measuring.add_argument("what", choices=list(MEASURES), help="what to measure")
+    inspecting = verb(
+        "inspect", "what is in a checkpoint, whether it is whole, how it differs from another", INSPECT_EPILOG
+    )
+    exporting = verb("export", "write a checkpoint's weights as one safetensors file for plain PyTorch", EXPORT_EPILOG)
+    for parsed in (training, proof, measuring, inspecting, exporting):
+        parsed.add_argument("overrides", nargs="*", help="key=value")
+    return parser
