@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 
@@ -152,6 +152,16 @@ def out_problems(key: str, path: str | None, suffix: str) -> list[str]:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return [f"{key}={path}: {folder} is not a folder that we may write to; make it, or give another path"]
     return []
+
+
+def _json_out(path: str | None) -> str | None:
+    problems = out_problems("out", path, ".json")
+    if problems:
+        raise ValueError(problems[0])
+    return path
+
+
+JsonOut = Annotated[str | None, AfterValidator(_json_out)]  # the key `out` of a verb: a JSON file for programs
 
 
 def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:

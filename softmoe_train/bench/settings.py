@@ -7,7 +7,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from softmoe_train.bench.floor import LayerShape
-from softmoe_train.config import Record, out_problems
+from softmoe_train.config import JsonOut, Record, out_problems
 
 Positive = Annotated[int, Field(ge=1)]
 Some = Field(min_length=1)
@@ -20,15 +20,7 @@ class Measuring(Record):
 
     rounds: Positive  # interleaved rounds that count
     warmup: Annotated[int, Field(ge=0)]  # rounds before them that do not
-    out: str | None  # JSON file for programs
-
-    @field_validator("out")
-    @classmethod
-    def _writable(cls, out: str | None) -> str | None:
-        problems = out_problems("out", out, ".json")
-        if problems:
-            raise ValueError(problems[0])
-        return out
+    out: JsonOut
 
 
 class LayerSettings(Measuring):

@@ -12,7 +12,7 @@ from softmoe_train.checkpoint.folder import checkpoint_at
 from softmoe_train.checkpoint.manifest import DTYPES, JSON, Manifest, Mark, StoredTensor, read_manifest, read_mark
 from softmoe_train.checkpoint.store import read_documents
 from softmoe_train.checkpoint.verify import verify
-from softmoe_train.config import Record, out_problems
+from softmoe_train.config import JsonOut, Record
 
 KINDS = ("model", "optimizer", "average")
 
@@ -41,20 +41,12 @@ class InspectConfig(OfCheckpoint):
 
     verify: bool  # read every byte and compare its hash
     against: str | None  # another run or step folder
-    out: str | None  # JSON file for programs
+    out: JsonOut
 
     @field_validator("against")
     @classmethod
     def _there(cls, against: str | None) -> str | None:
         return against if against is None else found("against", against)
-
-    @field_validator("out")
-    @classmethod
-    def _writable(cls, out: str | None) -> str | None:
-        problems = out_problems("out", out, ".json")
-        if problems:
-            raise ValueError(problems[0])
-        return out
 
 
 def found(key: str, folder: str) -> str:

@@ -4,7 +4,7 @@ from softmoe_train.commands.workers import Verb, ranks, run_verb
 from softmoe_train.config import ConfigError, compose, compose_own, split_overrides
 from softmoe_train.dist import World
 from softmoe_train.launching.local import TOLD_CODES
-from softmoe_train.parity.session import ParityConfig, ParityRun, own_problems, parity_problems, parity_rank
+from softmoe_train.parity.session import ParityConfig, ParityRun, parity_problems, parity_rank
 from softmoe_train.settings import RunConfig
 
 FAILED = 1
@@ -26,7 +26,6 @@ def _compose(overrides: list[str], world: World | None) -> ParityRun:
     """All mistakes at once, in the keys of the proof and in those of the run."""
     ours, others = split_overrides(ParityConfig, RunConfig, overrides)
     own, problems = compose_own(ParityConfig, "parity.yaml", ours)
-    problems += own_problems(own) if own else []
     try:
         run = compose(RunConfig, others, lambda c: parity_problems(c, *ranks(world, c)))
     except ConfigError as error:

@@ -1,12 +1,11 @@
 """This file owns one rank's part in `softmoe parity`: what may be asked, the process group, the proof, what is told."""
 
 import logging
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from softmoe_train.config import Record
+from softmoe_train.config import JsonOut, Record
 from softmoe_train.dist import World, pick_device, process_group, sum_over_world
 from softmoe_train.parallel.layout import expert_axis
 from softmoe_train.parity.prove import prove
@@ -18,7 +17,7 @@ from softmoe_train.settings import RunConfig, compute_problems
 class ParityConfig(Record):
     """What a proof has beside the keys of a run."""
 
-    out: str | None  # a JSON file
+    out: JsonOut
     reference: Literal["float64", "same"]  # precision of the one process for float32 runs; others keep their own
 
 
@@ -50,13 +49,6 @@ def parity_problems(config: RunConfig, size: int, local_size: int) -> list[str]:
             f"multiple of {size}"
         )
     return problems
-
-
-def own_problems(own: ParityConfig) -> list[str]:
-    """Why `out` could not be written."""
-    if own.out is not None and (Path(own.out).is_dir() or not Path(own.out).parent.is_dir()):
-        return [f"out={own.out} is not a file in a folder that exists; make the folder or name another file"]
-    return []
 
 
 def parity_rank(asked: ParityRun, world: World) -> bool:

@@ -82,7 +82,8 @@ def test_mistakes_are_told_together_and_need_no_data(tmp_path: Path) -> None:
     done = run([*PARITY, "recipe=cifar10", "processes=3", "out=no/folder.json", "parallel.expert_axis=2"], tmp_path)
     assert done.returncode == 2
     for said in (
-        "out=no/folder.json is not a file in a folder that exists",
+        "out=no/folder.json: ",
+        "is not a folder that we may write to",
         "parallel.expert_axis=2 does not divide the 3 ranks of this run",
         "batch_size=100 does not divide into 3 ranks",
         "3 mistakes",
