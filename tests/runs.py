@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -73,3 +74,11 @@ def stored(run: Path, step: int) -> dict[str, Tensor]:
 def same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     """Whether two checkpoints hold the same tensors, bit for bit."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def with_digits(folder: Path) -> Path:
+    """`folder` with the digits' shards, where the quickstart looks for them; skips where scikit-learn is not installed."""
+    pytest.importorskip("sklearn")
+    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", str(folder / "shards" / "digits")]
+    subprocess.run(maker, check=True, capture_output=True, env=environment())
+    return folder

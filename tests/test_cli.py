@@ -16,7 +16,7 @@ from softmoe_train.dist import World
 from softmoe_train.faults.claim import claim
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
-from tests.runs import ROOT, SHARED, environment, softmoe
+from tests.runs import SHARED, environment, softmoe, with_digits
 
 CIFAR = [f"data.train={SHARED}/cifar10-train-{{000000..000001}}.tar", f"data.test={SHARED}/cifar10-test-000000.tar"]
 needs_cifar = pytest.mark.skipif(
@@ -184,10 +184,8 @@ def test_cifar10_shrinks_to_a_laptop(tmp_path: Path) -> None:
 
 
 def test_quickstart_shrinks_to_a_laptop(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", str(tmp_path / "shards" / "digits")]
-    subprocess.run(maker, check=True, capture_output=True, env=environment())
-    assert "complete at step 40 of 40" in softmoe("recipe=quickstart", "shrink=laptop", folder=tmp_path).stdout
+    done = softmoe("recipe=quickstart", "shrink=laptop", folder=with_digits(tmp_path))
+    assert "complete at step 40 of 40" in done.stdout
 
 
 @needs_cifar

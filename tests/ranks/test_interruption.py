@@ -27,7 +27,7 @@ from softmoe_train.launching.worker import RESUME
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
 from tests.ranks.launch import run_ranks
-from tests.runs import ROOT, alive, children_of, command, environment, metrics, same_bits, softmoe, stored
+from tests.runs import alive, children_of, command, environment, metrics, same_bits, softmoe, stored, with_digits
 
 STEPS = 200
 # Nothing is saved but where the run ends, and every step is reported.
@@ -43,11 +43,7 @@ DIGITS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the digits' shards."""
-    pytest.importorskip("sklearn")
-    folder = tmp_path_factory.mktemp("interruption")
-    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", str(folder / "shards" / "digits")]
-    subprocess.run(maker, check=True, capture_output=True, env=environment())
-    return folder
+    return with_digits(tmp_path_factory.mktemp("interruption"))
 
 
 Way = tuple[int | None, list[int]]  # a signal, or None for the time limit, and the ranks that get it

@@ -3,13 +3,12 @@
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, alive, children_of, command, environment, metrics, same_bits, softmoe, stored
+from tests.runs import alive, children_of, command, environment, metrics, same_bits, softmoe, stored, with_digits
 
 # Digits with random crops and a decode worker: order, augmentation and optimizer state all matter.
 DATA = [
@@ -22,11 +21,7 @@ DATA = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the digits' shards."""
-    pytest.importorskip("sklearn")
-    folder = tmp_path_factory.mktemp("resume")
-    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", str(folder / "shards" / "digits")]
-    subprocess.run(maker, check=True, capture_output=True, env=environment())
-    return folder
+    return with_digits(tmp_path_factory.mktemp("resume"))
 
 
 def go(folder: Path, run: str, ranks: int, axis: int, *more: str) -> Path:
