@@ -13,9 +13,9 @@ from torch import Tensor
 
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.best import Best, best_of
-from softmoe_train.checkpoint.store import CheckpointStore
+from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.data.batch import Batch, Cursor, ImageStream
-from softmoe_train.dist import gather_over_world, local_values, sum_over_world
+from softmoe_train.dist import gather_over_world, sum_over_world
 from softmoe_train.engine.protocol import Engine, GradStats
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter
@@ -161,7 +161,7 @@ def fit(
     plan: Plan,
     stream: ImageStream,
     evaluators: Mapping[str, Evaluator],
-    store: CheckpointStore,
+    saver: Saver,
     log: SilentLog,
     stop: StopRequest,
 ) -> str:
@@ -201,31 +201,15 @@ def fit(
                     log.report(state.step, state.images_seen, values)
                     measured |= values
             if saves:
-                state.best = best_of(plan.best, state.best, state.step, measured)
-                _save(state, plan, store)
+                state.best = best_of(plan.best, saver.settle(state.best), state.step, measured)
+                save = saver.save if last or asked else saver.begin
+                documents = {**plan.documents, "loop": state.loop_document()}
+                save(state.step, state.engine.state_dict(), documents, state.best)
     return "complete" if state.step >= plan.steps else asked or "stopped"
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _save(state: TrainState, plan: Plan, store: CheckpointStore) -> None:
-    """Write a checkpoint, unless what it would hold is not finite: then every rank raises and names what is wrong."""
-    tensors = state.engine.state_dict()
-    bad = {name: t for name, t in tensors.items() if t.is_floating_point() and not local_values(t).isfinite().all()}
-    if sum_over_world(torch.tensor(len(bad), device=state.engine.device)).item():
-        raise NonFiniteLossError(
-            f"step {state.step} is not saved: {_few(bad) or 'tensors of another rank'} hold values that are not finite; the "
-            f"last checkpoint stands. {REMEDY}"
-        )
-    documents = {**plan.documents, "loop": state.loop_document()}
-    store.save(state.step, tensors, documents, best=state.best.step if state.best is not None else None)
-
-
-def _few(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _train_metrics(

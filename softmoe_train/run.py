@@ -13,6 +13,7 @@ import torch
 
 from softmoe_train.checkpoint import CheckpointError, DamagedError
 from softmoe_train.checkpoint.reader import Loaded
+from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
 from softmoe_train.data import Cursor, ImageStream, build_eval_stream, build_stream, make_indexes
@@ -25,7 +26,7 @@ from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.claim import claim
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
 from softmoe_train.launching.worker import RESUME
-from softmoe_train.loop import Evaluator, Plan, TrainState, fit
+from softmoe_train.loop import Evaluator, NonFiniteLossError, Plan, TrainState, fit
 from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
@@ -53,12 +54,15 @@ def train(config: RunConfig, world: World) -> str:
         resumed = _resume(config, state, store, stream)
         log = _log(config, world, state, resumed=resumed)
         log.message(_description(config, engine, topology))
+        saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
             reason = "failed"
             try:
-                reason = fit(state, _plan(config, stream), stream, evaluators, store, log, stop)
+                reason = fit(state, _plan(config, stream), stream, evaluators, saver, log, stop)
             except BaseException as error:
                 reason = f"failed: {type(error).__name__}: {error}"
+                if isinstance(error, NonFiniteLossError):  # every rank's alike, and what was begun before it is good
+                    saver.settle(None)
                 raise
             finally:
                 log.close(reason, failed=reason.startswith("failed"))
@@ -169,6 +173,12 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
         world=world.size,
         group=control_group(world),
     )
+
+
+def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: SilentLog) -> Saver:
+    if config.checkpoint.every and state.step < config.steps:
+        store.prepare(state.engine.state_dict())
+    return Saver(store, max_failures=config.checkpoint.max_failures, warn=log.warn)
 
 
 class Resumed(NamedTuple):

@@ -24,6 +24,10 @@ class DamagedError(CheckpointError):
     """Files of a checkpoint are not what was saved; it is found before any of the state is touched."""
 
 
+class NotFiniteError(CheckpointError):
+    """A state holds values that are not finite; no checkpoint of it is completed."""
+
+
 def problems_of(error: BaseException, rank: int) -> list[str]:
     """The lines that report `error`, raised on `rank`; a CheckpointError's lines pass unchanged."""
     if isinstance(error, CheckpointError):
@@ -34,21 +38,23 @@ def problems_of(error: BaseException, rank: int) -> list[str]:
 def agree(what: str, stage: Callable[[], T], rank: int, group: dist.ProcessGroup | None) -> T:
     """Run `stage` on every rank and return its result; if it fails on any, raise CheckpointError on all.
 
-    It is a DamagedError where that is the failure of every rank that has one.
+    It is of the kind of the failures where all are of one kind.
     """
-    result, cause, problems = None, None, []
+    result, cause, failure = None, None, None
     try:
         result = stage()
     except Exception as error:
-        cause, problems = error, problems_of(error, rank)
-    told = [(problems, isinstance(cause, DamagedError))]
+        cause = error
+        failure = (type(error) if isinstance(error, CheckpointError) else CheckpointError, problems_of(error, rank))
+    told = [failure]
     if group is not None:
         told = told * dist.get_world_size(group)
-        dist.all_gather_object(told, (problems, isinstance(cause, DamagedError)), group=group)
-    failures = [(lines, damaged) for lines, damaged in told if lines]
+        dist.all_gather_object(told, failure, group=group)
+    failures = [each for each in told if each is not None]
     if failures:
-        kind = DamagedError if all(damaged for _, damaged in failures) else CheckpointError
-        raise kind(what, list(dict.fromkeys(line for lines, _ in failures for line in lines))) from cause
+        kinds = {kind for kind, _ in failures}
+        kind = kinds.pop() if len(kinds) == 1 else CheckpointError
+        raise kind(what, list(dict.fromkeys(line for _, lines in failures for line in lines))) from cause
     return result  # type: ignore[return-value]
 
 

@@ -29,6 +29,7 @@ DOCUMENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 JSON = dict[str, "JSON"] | list["JSON"] | str | int | float | bool | None
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Xxh128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # of XXH3: 20 times as fast, for bytes that nobody forges
 # A plain base name: nothing that leaves the folder can be written in it.
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.safetensors$")]
 DocumentName = Annotated[str, Field(pattern=rf"^{DOCUMENT_NAME.pattern}$")]
@@ -42,7 +43,7 @@ class StoredChunk(Record):
     sizes: tuple[Count, ...]
     file: ShardName
     start: Count
-    sha256: Sha256
+    xxh128: Xxh128
     experts: tuple[Count, Count] | None  # first expert and one past the last
 
     @property
@@ -66,7 +67,7 @@ class StoredTensor(Record):
 class Manifest(Record):
     """Every tensor of a checkpoint and every file (with its size in bytes); a valid one leaves no element uncovered."""
 
-    version: Literal[1]
+    version: Literal[2]
     files: dict[ShardName, Count]
     tensors: dict[str, StoredTensor]
 

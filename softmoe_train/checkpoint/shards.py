@@ -1,23 +1,25 @@
 """This file owns the bytes: one rank's tensors as a safetensors file, written and read through a small buffer."""
 
-import hashlib
 import io
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.layout import Box, within
 from softmoe_train.checkpoint.manifest import DTYPES, StoredChunk, StoredTensor, described, experts_of
 
 BUFFER = 16 * 2**20  # bytes
+BLOCK = 2**20  # bytes that a processor's cache holds: they are looked at, hashed and written while they are there
 NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
@@ -25,41 +27,70 @@ NAMES = {
 
 
 class Part(NamedTuple):
-    """A box of a tensor to be written; `data` is called at its turn, so that one part is in memory at a time."""
+    """A box of a tensor that is to be written."""
 
     name: str
     box: Box
     dtype: torch.dtype
-    data: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.box.sizes) * self.dtype.itemsize
 
 
-def write_shard(path: Path, parts: Sequence[Part]) -> list[StoredChunk]:
-    """Write `parts` as a new safetensors file, flushed to the disk, and return their chunks in the order of `parts`.
+class ShardLayout(NamedTuple):
+    """One rank's file: its header, then the bytes of its parts in this order, each from byte `begins` of the data on."""
 
-    Torch's own HuggingFaceStorageReader reads the file too. Beyond the parts themselves it needs one buffer.
+    header: bytes
+    parts: tuple[Part, ...]
+    begins: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the data."""
+        return sum(part.num_bytes for part in self.parts)
+
+
+def shard_layout(parts: Sequence[Part]) -> ShardLayout:
+    """The file that holds `parts`, which may be none."""
+    # Widest items first keeps every tensor aligned to its items, in the file and in memory.
+    ordered = tuple(sorted(parts, key=lambda part: (-part.dtype.itemsize, part.name)))
+    begins = tuple(accumulate((part.num_bytes for part in ordered[:-1]), initial=0)) if ordered else ()
+    return ShardLayout(_header(ordered, begins), ordered, begins)
+
+
+def write_shard(path: Path, shard: ShardLayout, data: Tensor) -> tuple[list[StoredChunk], list[str]]:
+    """Write a new safetensors file, flushed to the disk, whose data is the bytes of `data`.
+
+    Returns its chunks, and the names of the tensors that hold an infinity or a NaN. Torch's own HuggingFaceStorageReader reads the
+    file too.
     """
-    # Widest items first keeps every tensor aligned to its items.
-    order = sorted(range(len(parts)), key=lambda i: (-parts[i].dtype.itemsize, parts[i].name))
-    header, starts = _header([parts[i] for i in order])
-    chunks: dict[int, StoredChunk] = {}
+    assert data.dtype == torch.uint8 and len(data) == shard.num_bytes, (data.dtype, len(data), shard.num_bytes)
+    chunks, bad = [], []
     with path.open("xb") as file:
-        file.write(header)
-        for i, start in zip(order, starts):
-            name, box = parts[i].name, parts[i].box
-            assert file.tell() == start, (name, file.tell(), start)
-            sha256 = _write_tensor(file, name, parts[i])
-            chunks[i] = StoredChunk(
-                offsets=box.offsets, sizes=box.sizes, file=path.name, start=start, sha256=sha256,
-                experts=experts_of(name, box),
+        file.write(shard.header)
+        for part, begin in zip(shard.parts, shard.begins):
+            start, digest, finite = file.tell(), xxh3_128(), True
+            for block in data[begin : begin + part.num_bytes].split(BLOCK):
+                finite = finite and _is_finite(block.view(part.dtype))
+                digest.update(block.numpy().data)
+                file.write(block.numpy().data)
+            bad += [] if finite else [part.name]
+            chunks.append(
+                StoredChunk(
+                    offsets=part.box.offsets, sizes=part.box.sizes, file=path.name, start=start, xxh128=digest.hexdigest(),
+                    experts=experts_of(part.name, part.box),
+                )
             )  # fmt: skip
         file.flush()
         os.fsync(file.fileno())
-    return [chunks[i] for i in range(len(parts))]
+    return chunks, bad
 
 
 def chunk_fault(file: io.BufferedReader, name: str, tensor: StoredTensor, chunk: StoredChunk) -> str | None:
     """What is wrong with the stored bytes of a chunk, or None where they have the hash of the manifest."""
-    digest, left = hashlib.sha256(), tensor.num_bytes(chunk)
+    digest, left = xxh3_128(), tensor.num_bytes(chunk)
     file.seek(chunk.start)
     while left:
         block = file.read(min(left, BUFFER))
@@ -67,8 +98,8 @@ def chunk_fault(file: io.BufferedReader, name: str, tensor: StoredTensor, chunk:
             return f"{chunk.file} ends before {described(name, chunk)}"
         digest.update(block)
         left -= len(block)
-    if digest.hexdigest() != chunk.sha256:
-        return f"{chunk.file}: the bytes of {described(name, chunk)} are not those that were saved (sha256 differs)"
+    if digest.hexdigest() != chunk.xxh128:
+        return f"{chunk.file}: the bytes of {described(name, chunk)} are not those that were saved (their hash differs)"
     return None
 
 
@@ -114,31 +145,24 @@ def header_entry(tensor: StoredTensor, chunk: StoredChunk, data_start: int) -> d
     }
 
 
-def _header(parts: Sequence[Part]) -> tuple[bytes, list[int]]:
+def _header(parts: Sequence[Part], begins: Sequence[int]) -> bytes:
     offsets = {part.name: {"saved_offsets": part.box.offsets} for part in parts}
     assert len(offsets) == len(parts), "a file holds one chunk of a tensor"
     # The three keys that torch's writer sets and its reader looks for.
     entries: dict[str, object] = {
         "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
     }
-    begins, end = [], 0
-    for part in parts:
-        begins.append(end)
-        end += math.prod(part.box.sizes) * part.dtype.itemsize
+    for part, begin in zip(parts, begins):
         kind = NAMES[str(part.dtype).removeprefix("torch.")]
-        entries[part.name] = {"dtype": kind, "shape": part.box.sizes, "data_offsets": [begins[-1], end]}
+        span = [begin, begin + part.num_bytes]
+        entries[part.name] = {"dtype": kind, "shape": part.box.sizes, "data_offsets": span}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, [8 + len(text) + begin for begin in begins]
+    return struct.pack("<Q", len(text)) + text
 
 
-def _write_tensor(file: io.BufferedWriter, name: str, part: Part) -> str:
-    tensor = part.data()
-    if tuple(tensor.shape) != part.box.sizes or tensor.dtype != part.dtype:
-        raise CheckpointError("cannot save", [f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {part.box.sizes}"])
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    digest = hashlib.sha256()
-    for begin in range(0, len(data), BUFFER):
-        digest.update(data[begin : begin + BUFFER])
-        file.write(data[begin : begin + BUFFER])
-    return digest.hexdigest()
+def _is_finite(values: Tensor) -> bool:
+    # One pass and no second tensor: the least or the greatest is not finite where any is (NaN counts as both).
+    if not values.dtype.is_floating_point or not len(values):
+        return True
+    return all(math.isfinite(value.item()) for value in torch.aminmax(values))

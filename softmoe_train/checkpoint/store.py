@@ -3,6 +3,8 @@
 A kill at any instant leaves a step folder with its completion mark and everything the mark speaks for, or without the
 mark; without it the folder does not exist for `latest` and `load`. The order of a save makes it so: every rank's file
 is written and flushed, then the documents and the manifest, then the mark; only then is an older checkpoint deleted.
+
+The training waits for a copy into host memory and for the save before; all that touches the disk is in the background.
 """
 
 import hashlib
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from softmoe_train.checkpoint.agreement import CheckpointError, agree, from_rank_0
+from softmoe_train.checkpoint.background import Background
 from softmoe_train.checkpoint.best import RULE
 from softmoe_train.checkpoint.folder import (
     delete,
@@ -45,9 +48,12 @@ from softmoe_train.checkpoint.manifest import (
     read_mark,
     to_json,
 )
+from softmoe_train.checkpoint.plan import WritePlan, held_of, plan_writes
 from softmoe_train.checkpoint.reader import Loaded, check_hashes, copy_reads, file_faults, loaded, plan_reads
+from softmoe_train.checkpoint.staging import Staging
 from softmoe_train.checkpoint.writer import write_tensors
 from softmoe_train.config import Record
+from softmoe_train.dist import PendingMax
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -60,6 +66,7 @@ class CheckpointConfig(Record):
     keep_last: Annotated[int, Field(ge=1)]  # complete checkpoints
     keep_every: Annotated[int, Field(ge=1)] | None  # steps; checkpoints at its multiples are kept for ever
     best: str | None  # "highest METRIC" or "lowest METRIC": the best checkpoint is kept too
+    max_failures: Annotated[int, Field(ge=1)]  # saves in a row that may fail before the run stops
     grace: Annotated[int, Field(ge=1)]  # seconds from a signal to the end of the save that it asks for
 
     @model_validator(mode="after")
@@ -110,6 +117,13 @@ class CheckpointStore:
         self.rank = rank
         self.world = world
         self.group = group
+        self._planned: tuple[WritePlan, Staging] | None = None
+        self._background: Background[Path] = Background("checkpoint")
+
+    def prepare(self, tensors: Mapping[str, Tensor | DTensor]) -> None:
+        """Plan the saves of `tensors` and take the host memory for them, so that the first waits no longer than those after it."""
+        self._agree("no checkpoint can be saved", lambda: _refuse_unfit(tensors))
+        self._plan(tensors)
 
     def save(
         self,
@@ -119,22 +133,33 @@ class CheckpointStore:
         *,
         best: int | None = None,
     ) -> Path:
-        """Save the state of `step` and return its folder; `documents` (rank 0's) become `<name>.json`.
+        """Save the state of `step` and return its folder: `begin` and `settle`."""
+        self.begin(step, tensors, documents, best=best)
+        return self.settle() or step_folder(self.folder, step)
 
-        Then older checkpoints are deleted, but for the last ones, those of every n-th step, and that of step `best`.
-        A plain tensor is the same on every rank. A step that is complete already is left as it is: the state at a
-        step is a function of the run, and replacing it would leave an instant without it.
+    def begin(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor | DTensor],
+        documents: Mapping[str, JSON],
+        *,
+        best: int | None = None,
+    ) -> None:
+        """Begin to save the state of `step`; when it returns, the tensors may change. The save before must have been settled.
+
+        `documents` (rank 0's) become `<name>.json`. In the end older checkpoints are deleted, but for the last ones, those of
+        every n-th step, and that of step `best`. A plain tensor is the same on every rank. A step that is complete already is
+        left as it is: the state at a step is a function of the run, and replacing it would leave an instant without it.
         """
         path = step_folder(self.folder, step)
-        what = f"{path} was not saved"
-        self._agree(what, lambda: _refuse_unfit(tensors))
-        texts = self._from_rank_0(what, lambda: self._prepare(path, documents))
-        if texts is None:
-            return path
-        manifest = write_tensors(path, tensors, self.rank, self.group)
-        self._from_rank_0(what, lambda: self._complete(path, step, manifest, texts))
-        self._from_rank_0(f"retention in {self.folder}", lambda: self._retain(best))
-        return path
+        texts = self._agree(f"{path} was not saved", lambda: _checked(tensors, documents))
+        plan, staging = self._plan(tensors)
+        staging.fill(tensors)
+        self._background.start(lambda: self._write(path, texts, plan, staging, best))
+
+    def settle(self) -> Path | None:
+        """Wait for the save that was begun and return its folder, None where there is none; raises CheckpointError where it failed."""
+        return self._background.wait()
 
     def latest(self) -> Path | None:
         """The folder of the newest complete checkpoint, or None; what has no completion mark does not exist."""
@@ -180,12 +205,37 @@ class CheckpointStore:
         )
         return loaded(manifest, prefix, mark.world, self.world)
 
-    def _prepare(self, path: Path, documents: Mapping[str, JSON]) -> dict[str, bytes] | None:
-        """On rank 0: make way for a save; returns the documents' bytes, or None where the step is complete already."""
-        texts = _texts(documents)
+    def _plan(self, tensors: Mapping[str, Tensor | DTensor]) -> tuple[WritePlan, Staging]:
+        """The plan and the memory of the last save where this rank, and every other, holds the same as then."""
+        same = self._planned is not None and self._planned[0].held == held_of(tensors)
+        if PendingMax(int(not same), self.group).wait() or self._planned is None:
+            self._planned = None  # so that two buffers never exist
+            plan = plan_writes(tensors, self.rank, self.group)
+            pinned = any(tensor.device.type == "cuda" for tensor in tensors.values())
+            self._planned = (plan, Staging(plan.shard, pinned=pinned))
+        return self._planned
+
+    def _write(
+        self, path: Path, texts: Mapping[str, bytes], plan: WritePlan, staging: Staging, best: int | None
+    ) -> Path:
+        """What of a save is not the copy; in the background."""
+        what = f"{path} was not saved"
+        if self._from_rank_0(what, lambda: self._make_way(path)):
+            try:
+                manifest = write_tensors(path, plan, staging, self.rank, self.group)
+                self._from_rank_0(what, lambda: self._complete(path, manifest, texts))
+            except CheckpointError:
+                if self.rank == 0:  # what was written may fill the disk
+                    delete_or_warn(path)
+                raise
+            self._from_rank_0(f"retention in {self.folder}", lambda: self._retain(best))
+        return path
+
+    def _make_way(self, path: Path) -> bool:
+        """On rank 0: make the folder of a save; False where the step is complete already."""
         complete = step_folders(self.folder, complete=True)
         if path in complete:
-            return None
+            return False
         if complete and step_of(complete[-1]) > step_of(path):
             rule = "a resume would take the newer one; delete it or save into another folder"
             raise CheckpointError("out of order", [f"{complete[-1].name} is newer than {path.name}: {rule}"])
@@ -193,9 +243,9 @@ class CheckpointStore:
             (delete if stale == path else delete_or_warn)(stale)
         path.mkdir(parents=True)
         flush_folder(self.folder)
-        return texts
+        return True
 
-    def _complete(self, path: Path, step: int, manifest: Manifest | None, texts: Mapping[str, bytes]) -> None:
+    def _complete(self, path: Path, manifest: Manifest | None, texts: Mapping[str, bytes]) -> None:
         """On rank 0: write all that is not tensors, the mark last."""
         assert manifest is not None, "rank 0 holds the manifest"
         unseen = file_faults(path, manifest, manifest.files)
@@ -207,7 +257,8 @@ class CheckpointStore:
         text = manifest.model_dump_json().encode()
         write_flushed(path / MANIFEST, text)
         hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
-        mark = Mark(version=1, step=step, world=self.world, manifest=hashlib.sha256(text).hexdigest(), documents=hashes)
+        sha256 = hashlib.sha256(text).hexdigest()
+        mark = Mark(version=1, step=step_of(path), world=self.world, manifest=sha256, documents=hashes)
         write_whole(path / MARK, mark.model_dump_json(indent=1).encode())
 
     def _retain(self, best: int | None) -> None:
@@ -217,9 +268,11 @@ class CheckpointStore:
                 delete_or_warn(old)
 
     def _agree(self, what: str, stage: Callable[[], T]) -> T:
+        assert self._background.is_ours, "a save is under way, and the group with it: settle it first"
         return agree(what, stage, self.rank, self.group)
 
     def _from_rank_0(self, what: str, stage: Callable[[], T]) -> T:
+        assert self._background.is_ours, "a save is under way, and the group with it: settle it first"
         return from_rank_0(what, stage, self.rank, self.group)
 
 
@@ -236,6 +289,11 @@ def _texts(documents: Mapping[str, JSON]) -> dict[str, bytes]:
         rule = f"a document's name matches {DOCUMENT_NAME.pattern} and {', '.join(taken)} are taken"
         raise CheckpointError("not a name", [f"document {name!r}: {rule}" for name in wrong])
     return {name: to_json(value, name) for name, value in documents.items()}
+
+
+def _checked(tensors: Mapping[str, Tensor | DTensor], documents: Mapping[str, JSON]) -> dict[str, bytes]:
+    _refuse_unfit(tensors)
+    return _texts(documents)
 
 
 def _refuse_unfit(tensors: Mapping[str, Tensor | DTensor]) -> None:

@@ -1,119 +1,58 @@
-"""This file owns saving the tensors: torch's distributed checkpoint plans who writes what, we write it."""
+"""This file owns the writing of a save's tensors: every rank its file, rank 0 the manifest of them all."""
 
-import math
-import os
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
-from softmoe_train.checkpoint.agreement import CheckpointError, problems_of
-from softmoe_train.checkpoint.layout import Box
+from softmoe_train.checkpoint.agreement import CheckpointError, NotFiniteError, agree
 from softmoe_train.checkpoint.manifest import Manifest, StoredChunk, StoredTensor
-from softmoe_train.checkpoint.shards import Part, write_shard
+from softmoe_train.checkpoint.plan import Whole, WritePlan, gathered
+from softmoe_train.checkpoint.shards import write_shard
+from softmoe_train.checkpoint.staging import Staging
+
+Written = tuple[list[str], list[StoredChunk], int]  # names, their chunks, the size of the file
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor | DTensor], rank: int, group: dist.ProcessGroup | None
+    path: Path, plan: WritePlan, staging: Staging, rank: int, group: dist.ProcessGroup | None
 ) -> Manifest | None:
-    """Write every rank's share of `tensors` into the folder `path`, flushed; rank 0 gets the manifest, others None.
+    """Write every rank's staged part of the state into the folder `path`, flushed; rank 0 gets the manifest, others None.
 
-    A box that several ranks hold is written by one of them. If one rank fails, CheckpointError is raised on all.
+    If one rank fails, CheckpointError is raised on all; NotFiniteError where values are not finite.
     """
-    writer = _ShardWriter(path, rank)
-    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    what = f"{path} was not saved"
+    written = agree(what, lambda: _write(path, staging, rank), rank, group)
+    results: list[Written] = gathered(written, rank, group)
+    return agree(what, lambda: _manifest(plan.whole, results) if rank == 0 else None, rank, group)
+
+
+def _write(path: Path, staging: Staging, rank: int) -> Written:
+    names = [part.name for part in staging.shard.parts]
+    if not names:
+        return [], [], 0
+    path.mkdir(exist_ok=True)  # rank 0 made it, but a network file system may not show it here yet
+    file = path / f"rank_{rank:05d}.safetensors"
+    chunks, bad = write_shard(file, staging.shard, staging.bytes)
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        lines = [f"rank {rank}: {', '.join(bad[:5])}{more} hold values that are not finite"]
+        raise NotFiniteError(f"{path} was not saved", lines)
+    return names, chunks, file.stat().st_size
+
+
+def _manifest(whole: Whole, results: list[Written]) -> Manifest:
+    chunks: dict[str, list[StoredChunk]] = {name: [] for name in whole}
+    files = {}
+    for names, of_rank, size in results:
+        for name, chunk in zip(names, of_rank):
+            chunks[name].append(chunk)
+            files[chunk.file] = size
+    tensors = {
+        name: StoredTensor(shape=shape, dtype=str(dtype).removeprefix("torch."), chunks=tuple(chunks[name]))
+        for name, (shape, dtype) in whole.items()
+    }
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is so
-            dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
-    except CheckpointException as error:  # raised alike on every rank; not an Exception, so catch it by name
-        lines = [line for at, (cause, _) in error.failures.items() for line in problems_of(cause, at)]
-        raise CheckpointError(f"{path} was not saved", lines) from error
-    return writer.manifest
-
-
-class _Planner(DefaultSavePlanner):
-    """The default plan without the empty boxes of ranks that a cut left with nothing."""
-
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        self.plan = replace(plan, items=[item for item in plan.items if _is_needed(item)])
-        return self.plan
-
-
-class _ShardWriter(StorageWriter):
-    """Writes a rank's share as `rank_00003.safetensors`; on rank 0, `manifest` describes the whole afterwards."""
-
-    def __init__(self, path: Path, rank: int) -> None:
-        self.path = path
-        self.rank = rank
-        self.manifest: Manifest | None = None
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        raise AssertionError("a writer serves one folder")
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        chunks = []
-        if plan.items:
-            self.path.mkdir(exist_ok=True)  # rank 0 made it, but a network file system may not show it here yet
-            parts = [_part(item, planner) for item in plan.items]
-            chunks = write_shard(self.path / f"rank_{self.rank:05d}.safetensors", parts)
-        size = 0 if not chunks else (self.path / chunks[0].file).stat().st_size
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, size, chunk) for item, chunk in zip(plan.items, chunks)])
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        chunks: dict[str, list[StoredChunk]] = {name: [] for name in metadata.state_dict_metadata}
-        files = {}
-        for result in (result for of_rank in results for result in of_rank):
-            chunks[result.index.fqn].append(result.storage_data)
-            files[result.storage_data.file] = result.size_in_bytes
-        tensors = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata), name
-            dtype = str(entry.properties.dtype).removeprefix("torch.")
-            tensors[name] = StoredTensor(shape=tuple(entry.size), dtype=dtype, chunks=tuple(chunks[name]))
-        try:
-            self.manifest = Manifest(version=1, files=files, tensors=tensors)
-        except ValidationError as error:  # as an error that can travel to the other ranks
-            raise CheckpointError("unsound plan", [str(error)]) from error
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return False
-
-
-def _is_needed(item: WriteItem) -> bool:
-    data = item.tensor_data
-    assert data is not None, f"{item.index.fqn} is not a tensor"
-    return math.prod(data.chunk.sizes) > 0 or math.prod(data.size) == 0
-
-
-def _part(item: WriteItem, planner: SavePlanner) -> Part:
-    data = item.tensor_data
-    assert data is not None, f"{item.index.fqn} is not a tensor"
-    box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-    return Part(item.index.fqn, box, data.properties.dtype, lambda: planner.resolve_data(item))  # type: ignore[arg-type,return-value]
+        return Manifest(version=2, files=files, tensors=tensors)
+    except ValidationError as error:  # as an error that can travel to the other ranks
+        raise CheckpointError("unsound plan", [str(error)]) from error

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.data.batch import Batch, Broken, Cursor
 from softmoe_train.dist import World, control_group
@@ -59,6 +60,10 @@ class AfterStep(Never):
         return None if self.left else "interrupted by SIGTERM"
 
 
+def saver(store: CheckpointStore) -> Saver:
+    return Saver(store, max_failures=1, warn=print)
+
+
 def plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "steps": 6, "stop_after": None, "micro_batches": 2, "learning_rate": lambda _: 0.01, "report_every": 1,
@@ -80,12 +85,13 @@ def run(rank: int, world: int, folder: str, bad: dict[int, int], report_every: i
             plan(report_every=report_every, save_every=2),
             Stream(rank, world, bad),
             {},
-            store,
+            saver(store),
             SilentLog(""),
             Never(),
         )
     except NonFiniteLossError as error:
         reason = str(error)
+        store.settle()
     latest = store.latest()
     finite = all(p.isfinite().all().item() for p in engine.parameters.values())
     moved = not torch.equal(before, engine.parameters["head.weight"].detach())
@@ -138,7 +144,7 @@ def never_updates(rank: int, world: int, folder: str) -> tuple[str, bool]:
     )
     state = TrainState(engine, 0, 0, Cursor(0), "")
     with pytest.raises(NonFiniteLossError) as caught:
-        fit(state, plan(steps=40, report_every=6), Stream(rank, world, {}), {}, store, SilentLog(""), Never())
+        fit(state, plan(steps=40, report_every=6), Stream(rank, world, {}), {}, saver(store), SilentLog(""), Never())
     return str(caught.value), all(torch.equal(before[name], q) for name, q in engine.local.items())
 
 
@@ -202,7 +208,7 @@ def steps_of_the_loop(rank: int, world: int, folder: str) -> list[Any]:
     store = CheckpointStore(Path(folder), keep_last=1, rank=rank, world=world, group=None)
     state = TrainState(engine, 0, 0, Cursor(0), "")  # pyright: ignore[reportArgumentType]
     four = plan(steps=2, micro_batches=4, learning_rate=lambda step: 0.5 + step)
-    fit(state, four, Stream(rank, world, {}), {}, store, SilentLog(""), Never())
+    fit(state, four, Stream(rank, world, {}), {}, saver(store), SilentLog(""), Never())
     return engine.calls
 
 
@@ -230,7 +236,7 @@ def asked_to_stop(rank: int, world: int, folder: str, at: int) -> tuple[str, int
     state = TrainState(engine, 0, 0, Cursor(0), "")
     often, at_the_end = Measured(2), Measured(0)
     stream = Stream(rank, world, {})
-    reason = fit(state, plan(), stream, {"a": often, "b": at_the_end}, store, SilentLog(""), AfterStep(at))
+    reason = fit(state, plan(), stream, {"a": often, "b": at_the_end}, saver(store), SilentLog(""), AfterStep(at))
     latest = store.latest()
     return reason, state.step, latest.name if latest else "", often.steps, at_the_end.steps
 
@@ -252,7 +258,7 @@ def blow_up(rank: int, world: int, folder: str) -> str:
     state = TrainState(engine, 0, 0, Cursor(0), "")
     stream = Stream(rank, world, {})
     with pytest.raises(NonFiniteLossError) as caught:
-        fit(state, plan(learning_rate=lambda _: 0.0), stream, {}, store, SilentLog(""), Never())
+        fit(state, plan(learning_rate=lambda _: 0.0), stream, {}, saver(store), SilentLog(""), Never())
     assert store.latest() is None
     return str(caught.value)
 

@@ -10,27 +10,28 @@ from torch import Tensor
 
 from softmoe_train.checkpoint.layout import Box
 from softmoe_train.checkpoint.manifest import Manifest, Mark, StoredTensor
-from softmoe_train.checkpoint.shards import Part, write_shard
+from softmoe_train.checkpoint.shards import Part, shard_layout, write_shard
 
 
 def save_cut(folder: Path, step: int, tensors: dict[str, Tensor], documents: dict[str, Any], files: int) -> Path:
     """The checkpoint of `step` in `files` files, each tensor cut along its first dim that divides, or whole in the first."""
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
-    parts: list[list[Part]] = [[] for _ in range(files)]
+    held: list[dict[Part, Tensor]] = [{} for _ in range(files)]
     for name, tensor in tensors.items():
         dim = next((d for d in range(tensor.ndim) if tensor.shape[d] % files == 0 and tensor.numel()), None)
         pieces = [tensor] if dim is None else tensor.chunk(files, dim)
         for i, piece in enumerate(pieces):
             offsets = tuple(i * piece.shape[d] if d == dim else 0 for d in range(tensor.ndim))
             box = Box(offsets, tuple(piece.shape))
-            parts[i].append(Part(name, box, tensor.dtype, lambda piece=piece: piece))
+            held[i][Part(name, box, tensor.dtype)] = piece
     chunks: dict[str, list[Any]] = {name: [] for name in tensors}
     sizes = {}
-    for i, of_file in enumerate(parts):
-        if of_file:
-            file = path / f"rank_{i:05d}.safetensors"
-            for part, chunk in zip(of_file, write_shard(file, of_file), strict=True):
+    for i, pieces in enumerate(held):
+        if pieces:
+            file, shard = path / f"rank_{i:05d}.safetensors", shard_layout(list(pieces))
+            data = torch.cat([pieces[part].contiguous().view(-1).view(torch.uint8) for part in shard.parts])
+            for part, chunk in zip(shard.parts, write_shard(file, shard, data)[0], strict=True):
                 chunks[part.name].append(chunk)
             sizes[file.name] = file.stat().st_size
     stored = {
@@ -40,7 +41,7 @@ def save_cut(folder: Path, step: int, tensors: dict[str, Tensor], documents: dic
     texts = {name: json.dumps(document).encode() for name, document in documents.items()}
     texts_and_manifest = {
         **texts,
-        "manifest": Manifest(version=1, files=sizes, tensors=stored).model_dump_json().encode(),
+        "manifest": Manifest(version=2, files=sizes, tensors=stored).model_dump_json().encode(),
     }
     hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts_and_manifest.items()}
     for name, text in texts_and_manifest.items():

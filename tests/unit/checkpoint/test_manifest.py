@@ -10,18 +10,18 @@ from pydantic import ValidationError
 from softmoe_train.checkpoint.manifest import Manifest, Mark
 
 NAME = "model.moe.experts.w1"
-SHA = "0" * 64
+SHA, HASH = "0" * 64, "0" * 32
 SOUND: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "files": {"rank_00000.safetensors": 100, "rank_00001.safetensors": 100},
     "tensors": {
         NAME: {
             "shape": [4, 2],
             "dtype": "float32",
             "chunks": [
-                {"offsets": [0, 0], "sizes": [2, 2], "file": "rank_00000.safetensors", "start": 80, "sha256": SHA,
+                {"offsets": [0, 0], "sizes": [2, 2], "file": "rank_00000.safetensors", "start": 80, "xxh128": HASH,
                  "experts": [0, 2]},
-                {"offsets": [2, 0], "sizes": [2, 2], "file": "rank_00001.safetensors", "start": 80, "sha256": SHA,
+                {"offsets": [2, 0], "sizes": [2, 2], "file": "rank_00001.safetensors", "start": 80, "xxh128": HASH,
                  "experts": [2, 4]},
             ],
         }
@@ -62,7 +62,7 @@ def test_a_file_name_that_is_no_plain_base_name_is_refused(file: str, place: str
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("version",), 2, "literal_error"),
+        (("version",), 1, "literal_error"),
         (("files",), {**SOUND["files"], "rank_00002.safetensors": 8}, "rank_00002.safetensors holds no chunk"),
         (("extra",), 1, "extra_forbidden"),
         (("tensors", NAME, "dtype"), "object", "literal_error"),
@@ -76,7 +76,7 @@ def test_a_file_name_that_is_no_plain_base_name_is_refused(file: str, place: str
         (("tensors", NAME, "chunks", 1, "file"), "rank_00000.safetensors", "not its own"),
         (("tensors", NAME, "chunks", 1, "start"), 90, "its chunks need 106"),
         (("tensors", NAME, "chunks", 1, "start"), 4, "not its own"),
-        (("tensors", NAME, "chunks", 1, "sha256"), "abc", "pattern"),
+        (("tensors", NAME, "chunks", 1, "xxh128"), "abc", "pattern"),
     ],
 )
 def test_a_manifest_that_breaks_a_rule_is_refused(path: tuple[Any, ...], value: object, words: str) -> None:
