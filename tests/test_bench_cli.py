@@ -130,6 +130,17 @@ def test_two_stages_and_the_bare_collective_each_count_their_own_bytes(tmp_path:
     assert "two stages send 1.33 times what the bare collective does" in done.stdout
 
 
+def test_checkpoints_are_measured_beside_memory_and_disk_and_leave_nothing(tmp_path: Path) -> None:
+    out, disk = tmp_path / "checkpoint.json", tmp_path / "disk"
+    disk.mkdir()
+    assert main(["bench", "checkpoint", "recipe=debug", f"folder={disk}", *QUICK, f"out={out}"]) == 0
+    (row,) = read(out, "checkpoint")
+    assert list(row["ratios"]) == ["blocking", "write", "load"]
+    assert positive(*row["ratios"].values(), *row["seconds"].values())
+    assert 0 < row["written_bytes"] < row["read_bytes"] < row["written_bytes"] + 50_000, "one file, and its header"
+    assert list(disk.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -143,6 +154,7 @@ def test_two_stages_and_the_bare_collective_each_count_their_own_bytes(tmp_path:
         (["exchange", "model=vit_ti16", "processes=2"], ["model has no experts (model.moe.blocks=[]), so there are no slots"]),
         (["exchange", "recipe=debug", "processes=2", "compile=true"], ["compile=true: bench exchange runs no block"]),
         (["step", "recipe=debug", "batch_size=7", "processes=2", "rounds=x"], ["batch_size=7 does not divide into 2 ranks", "rounds='x'"]),
+        (["checkpoint", "recipe=debug", "folder=/none", "rounds=0"], ["folder=/none is not a folder that we may write to", "rounds=0: "]),
         (["exchange", "recipe=debug", "images=0"], ["no slot travels; use processes=2", "images.0=0: "]),
         (["exchange", "recipe=debug", "processes=2", "parallel.expert_axis=3"], ["parallel.expert_axis=3 does not divide"]),
     ],
@@ -162,7 +174,7 @@ def test_help_says_what_each_measures(capsys: pytest.CaptureFixture[str]) -> Non
         main(["bench", "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {what} " in shown for what in ("layer", "infer", "step", "exchange"))
+    assert all(f"\n  {what} " in shown for what in ("layer", "infer", "step", "exchange", "checkpoint"))
 
 
 HUGE = 10**12  # of anything: more bytes than a machine maps

@@ -1,6 +1,8 @@
 """This file owns the keys of `softmoe bench`: what each measurement may be told, and what may not be combined."""
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -99,6 +101,19 @@ class ExchangeSettings(Measuring):
     """Keys of `bench exchange`, beside those of a run."""
 
     images: Annotated[list[Positive], Some, ListOf]  # of a rank
+
+
+class CheckpointSettings(Measuring):
+    """Keys of `bench checkpoint`, beside those of a run."""
+
+    folder: str  # on the disk to measure
+
+    @field_validator("folder")
+    @classmethod
+    def _writable(cls, folder: str) -> str:
+        if not Path(folder).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"folder={folder} is not a folder that we may write to; name one on the disk to measure")
+        return folder
 
 
 def _case(text: str) -> tuple[int, int] | None:

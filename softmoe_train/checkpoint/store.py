@@ -125,6 +125,11 @@ class CheckpointStore:
         self._agree("no checkpoint can be saved", lambda: _refuse_unfit(tensors))
         self._plan(tensors)
 
+    @property
+    def staged_bytes(self) -> int:
+        """The host memory of this rank that `prepare` took."""
+        return 0 if self._planned is None else self._planned[0].shard.num_bytes
+
     def save(
         self,
         step: int,

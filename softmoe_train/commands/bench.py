@@ -3,12 +3,20 @@
 import re
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from softmoe_train.bench.checkpoint import bench_checkpoint, checkpoint_problems
 from softmoe_train.bench.exchange import bench_exchange, exchange_problems
 from softmoe_train.bench.facts import facts_of, sentence_of, write_json
 from softmoe_train.bench.infer import bench_infer, infer_problems
 from softmoe_train.bench.layer_grid import bench_layer
 from softmoe_train.bench.picture import draw_layers
-from softmoe_train.bench.settings import ExchangeSettings, InferSettings, LayerSettings, Measuring, StepSettings
+from softmoe_train.bench.settings import (
+    CheckpointSettings,
+    ExchangeSettings,
+    InferSettings,
+    LayerSettings,
+    Measuring,
+    StepSettings,
+)
 from softmoe_train.bench.step import bench_step, step_problems
 from softmoe_train.bench.table import Outcome, print_outcome
 from softmoe_train.commands.workers import Verb, ranks, run_verb, under_a_launcher
@@ -23,6 +31,7 @@ MEASURES = {
     "infer": "images per second of a Soft MoE model beside the dense one of the same size",
     "step": "a training step of your own run: images per second, utilisation, and its parts",
     "exchange": "the slot exchange of your own run beside the bare collective of the same slots",
+    "checkpoint": "how long a save holds your own run up, and saves and loads beside the disk",
 }
 
 
@@ -52,6 +61,8 @@ def bench(what: str, overrides: list[str]) -> int:
             return _on_ranks(what, StepSettings, overrides)
         case "exchange":
             return _on_ranks(what, ExchangeSettings, overrides)
+        case "checkpoint":
+            return _on_ranks(what, CheckpointSettings, overrides)
     raise AssertionError(what)
 
 
@@ -96,6 +107,8 @@ def _measure(what: str, asked: Asked[M], overrides: list[str], world: World) -> 
                 outcome = bench_step(settings, asked.run, world, device)
             case ExchangeSettings() as settings:
                 outcome = bench_exchange(settings, asked.run, world, device)
+            case CheckpointSettings() as settings:
+                outcome = bench_checkpoint(settings, asked.run, world, device)
             case _:
                 raise AssertionError(what)
     if world.main:
@@ -126,6 +139,8 @@ def _problems(what: str, own: Measuring | None, config: RunConfig, size: int, lo
             return compute_problems(config, size, local_size) + step_problems(own, config, size)
         case "exchange":
             return compute_problems(config, size, local_size) or exchange_problems(config, size)
+        case "checkpoint":
+            return compute_problems(config, size, local_size) + checkpoint_problems()
     raise AssertionError(what)
 
 

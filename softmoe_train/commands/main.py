@@ -16,12 +16,13 @@ EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2
 `softmoe train recipe=debug` needs no data; `softmoe train --cfg job` prints every key with its value"""
 BENCH_EPILOG = """measures: {measures}
 
-each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; step and exchange also take those of a run
+each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; step, exchange and checkpoint also take those of a run
 (model=, precision=, device=, processes=, parallel.expert_axis= ...), infer the first three and recipe=
   softmoe bench layer cases=128x1,32x4 images=32 dtype=float32 out=layer.json picture=layer.png
   softmoe bench infer model=soft_s16_128e images=1,32
   softmoe bench step recipe=debug processes=2
-  softmoe bench exchange recipe=debug processes=2 images=8,64"""
+  softmoe bench exchange recipe=debug processes=2 images=8,64
+  softmoe bench checkpoint recipe=debug processes=2 folder=/scratch"""
 
 PARITY_EPILOG = """any overrides of a run, and out=FILE.json (for programs) and reference=same (one process in float32, not float64)
   softmoe parity recipe=quickstart shrink=laptop processes=2 parallel.expert_axis=2
@@ -74,13 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, told: str, epilog: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=told, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    measures = "".join(f"\n  {name:<9} {text}" for name, text in MEASURES.items())
+    measures = "".join(f"\n  {name:<10} {text}" for name, text in MEASURES.items())
     training = verb("train", "pretrain, or continue what the run folder holds", EPILOG)
     training.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
     proof = verb("parity", "prove that this layout computes what one process computes; needs no data", PARITY_EPILOG)
     measuring = verb(
         "bench",
-        "measure against a floor taken in the same minute: layer, infer, step, exchange",
+        "measure against a floor taken in the same minute: layer, infer, step, exchange, checkpoint",
         BENCH_EPILOG.format(measures=measures),
     )
     measuring.add_argument("what", choices=list(MEASURES), help="what to measure")

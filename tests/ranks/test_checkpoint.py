@@ -302,3 +302,23 @@ def test_a_tensor_that_only_some_ranks_hold_is_saved_whole(odd_layouts: dict[str
     tensors = {"model.lone": torch.zeros(6), "model.shared": torch.zeros(2)}
     store_at(str(path.parent), 0, 1).load(path, tensors)
     assert torch.equal(tensors["model.lone"], torch.arange(6.0))
+
+
+def _memory_of_saves(rank: int, world: int, folder: str) -> tuple[int, list[int]]:
+    """Bytes that this rank stages, and the growth of its peak of resident memory after each of three saves."""
+    mesh = init_device_mesh("cpu", (world,))
+    own = [torch.ones(2**10, 2**13) for _ in range(2)]  # 32 MiB each
+    tensors = {f"model.w{i}": DTensor.from_local(part, mesh, [Shard(0)], run_check=False) for i, part in enumerate(own)}
+    store = store_at(folder, rank, world, keep_last=1)
+    before, grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for step in range(3):
+        store.save(step, tensors, {})
+        grown.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    return store.staged_bytes, grown
+
+
+def test_saves_take_the_memory_that_is_staged_and_take_it_once(tmp_path: Path) -> None:
+    for staged, (first, _, third) in run_ranks(_memory_of_saves, 2, str(tmp_path)):
+        assert staged == 64 * 2**20
+        assert staged < first < 2 * staged  # with what a first save imports
+        assert third - first < staged // 8
