@@ -176,9 +176,11 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
 
 
 def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: SilentLog) -> Saver:
+    saver = Saver(store, max_failures=config.checkpoint.max_failures, warn=log.warn)
     if config.checkpoint.every and state.step < config.steps:
         store.prepare(state.engine.state_dict())
-    return Saver(store, max_failures=config.checkpoint.max_failures, warn=log.warn)
+        saver.look_ahead()
+    return saver
 
 
 class Resumed(NamedTuple):
