@@ -43,6 +43,9 @@ class SilentLog:
     def message(self, text: str) -> None:
         """Take a line for people."""
 
+    def record(self, name: str, text: str, facts: Mapping[str, Any]) -> None:
+        """Take what is worth keeping of this process."""
+
     def warn(self, text: str) -> None:
         """Take a warning."""
 
@@ -75,7 +78,7 @@ class RunLog(SilentLog):
             )
         values = {name: float(value) for name, value in metrics.items()}
         self._metrics.append(step, images_seen, values)
-        self._summary.write(self._metrics.last, self._seconds(), wandb_id=self.wandb_id, ended=None)
+        self._write_summary(ended=None)
         self._console.report(step, values)
         if self._wandb_run is not None:
             self._wandb_run.send(step, images_seen, values)
@@ -83,6 +86,12 @@ class RunLog(SilentLog):
     def message(self, text: str) -> None:
         """Print a line for people."""
         self._console.message(text)
+
+    def record(self, name: str, text: str, facts: Mapping[str, Any]) -> None:
+        """Print a line for people, and keep its facts in this process's entry of summary.json."""
+        self._console.message(text)
+        self._summary.record(name, facts)
+        self._write_summary(ended=None)
 
     def warn(self, text: str) -> None:
         """Print a warning; it shows at `progress=off` too."""
@@ -94,13 +103,14 @@ class RunLog(SilentLog):
         Call it in a `finally`: it gives the terminal its cursor back. The files are complete before W&B is waited for.
         """
         self._metrics.close()
-        self._summary.write(self._metrics.last, self._seconds(), wandb_id=self.wandb_id, ended=reason)
+        self._write_summary(ended=reason)
         self._console.close()
         if self._wandb_run is not None:
             self._wandb_run.close(failed=failed)
 
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._started
+    def _write_summary(self, ended: str | None) -> None:
+        seconds = time.perf_counter() - self._started
+        self._summary.write(self._metrics.last, seconds, wandb_id=self.wandb_id, ended=ended)
 
 
 def build_log(
@@ -122,13 +132,15 @@ def build_log(
     if not main:
         return SilentLog(wandb_id or "")
     run_dir.mkdir(parents=True, exist_ok=True)
-    summary = Summary(run_dir / "summary.json")
+    summary = Summary(run_dir / "summary.json", resume_step)
     # The summary's id is for a run that was killed before its first checkpoint: it is the same W&B run still.
     wandb_id = wandb_id or summary.earlier_wandb_id or secrets.token_hex(8)
     console = build_console(config.progress, total_steps, resume_step)
     metrics = MetricsFile(run_dir / "metrics.jsonl", resume_step)
     if metrics.broken:
         console.warn(f"metrics.jsonl had {metrics.broken} torn or foreign lines; they are left out")
+    if summary.broken:
+        console.warn(f"summary.json cannot be read ({summary.broken}): wall time and history start anew")
     summary.write(metrics.last, 0.0, wandb_id=wandb_id, ended=None)
     wandb_run = start_wandb(
         config.wandb,
