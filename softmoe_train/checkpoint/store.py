@@ -178,7 +178,7 @@ class CheckpointStore:
         self._agree(
             f"{path} failed while it was loaded: the state is undefined", lambda: copy_reads(path, reads, tensors)
         )
-        return loaded(manifest, prefix, mark.world, self.world)
+        return loaded(manifest, prefix, mark.world)
 
     def _prepare(self, path: Path, documents: Mapping[str, JSON]) -> dict[str, bytes] | None:
         """On rank 0: make way for a save; returns the documents' bytes, or None where the step is complete already."""
