@@ -30,6 +30,7 @@ from softmoe_train.loop import Evaluator, Plan, TrainState, fit
 from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
+from softmoe_train.observe.startup import Startup
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
@@ -42,21 +43,30 @@ LEFT_OUT = {  # by whether the checkpoint has averaged weights, where one side a
 }
 
 
-def train(config: RunConfig, world: World) -> str:
-    """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended."""
+def train(config: RunConfig, world: World, startup: Startup | None = None) -> str:
+    """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended.
+
+    `startup` is the clock of a process that does nothing else, and is told at its first step.
+    """
+    clock = startup or Startup(None)
     began = time.monotonic()
     device = pick_device(config.device, world.local_rank)
     # The claim comes after the process group: by then every rank has checked that the folder is free.
     with process_group(world, device), claim(config.folder) if world.main else nullcontext():
+        clock.done("process group")
         topology = build_topology(config, world, device)
         engine = build_engine(config, topology, device)
+        clock.done("engine")
         _index(config, world)
         stream = _stream(config, world)
         evaluators = _evaluators(config, world)
+        clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
         resumed = _resume(config, state, store, stream)
-        log = _log(config, world, state, resumed=resumed)
+        clock.done("checkpoint")
+        log = _log(config, world, state, resumed=resumed, startup=startup)
+        clock.done("log and W&B")
         log.message(_description(config, engine, topology))
         with _stop(config, world, began) as stop:
             reason = "failed"
@@ -242,7 +252,9 @@ def _layout(settings: Mapping[str, Any], config: RunConfig, size: int) -> str:
     return layout_words(settings, num_experts=config.model.num_experts, size=size)
 
 
-def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Audit | None) -> SilentLog:
+def _log(
+    config: RunConfig, world: World, state: TrainState, *, resumed: Audit | None, startup: Startup | None
+) -> SilentLog:
     tree = config.as_saved()
     begun = (config.folder / "metrics.jsonl").is_file()
     observe = config.observe
@@ -260,6 +272,7 @@ def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Audit |
         main=world.main,
         wandb_id=state.wandb_id or None,
         resume_step=state.step,
+        startup=startup,
     )
     state.wandb_id = log.wandb_id
     if resumed is None and begun:

@@ -11,6 +11,7 @@ from pydantic import field_validator
 from softmoe_train.config import Record
 from softmoe_train.observe.console import Console, ProgressKind, build_console
 from softmoe_train.observe.run_files import MetricsFile, Summary
+from softmoe_train.observe.startup import Startup
 from softmoe_train.observe.wandb_run import WandbConfig, WandbRun, start_wandb
 
 
@@ -46,6 +47,9 @@ class SilentLog:
     def record(self, name: str, text: str, facts: Mapping[str, Any]) -> None:
         """Take what is worth keeping of this process."""
 
+    def first_step(self) -> None:
+        """Take note that this process has made its first step."""
+
     def warn(self, text: str) -> None:
         """Take a warning."""
 
@@ -57,13 +61,20 @@ class RunLog(SilentLog):
     """The log of rank 0. metrics.jsonl is the truth; all else can be lost or late without harm."""
 
     def __init__(
-        self, wandb_id: str, metrics: MetricsFile, summary: Summary, console: Console, wandb_run: WandbRun | None
+        self,
+        wandb_id: str,
+        metrics: MetricsFile,
+        summary: Summary,
+        console: Console,
+        wandb_run: WandbRun | None,
+        startup: Startup | None,
     ) -> None:
         super().__init__(wandb_id)
         self._metrics = metrics
         self._summary = summary
         self._console = console
         self._wandb_run = wandb_run
+        self._startup = startup
         self._started = time.perf_counter()
 
     def report(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
@@ -92,6 +103,14 @@ class RunLog(SilentLog):
         self._console.message(text)
         self._summary.record(name, facts)
         self._write_summary(ended=None)
+
+    def first_step(self) -> None:
+        """Tell how long the start took; on a GPU the step may be under way still."""
+        if self._startup is None:
+            return
+        startup, self._startup = self._startup, None  # a start ends once
+        startup.done("first step")
+        self.record("startup", str(startup), {part: round(seconds, 2) for part, seconds in startup.parts.items()})
 
     def warn(self, text: str) -> None:
         """Print a warning; it shows at `progress=off` too."""
@@ -123,6 +142,7 @@ def build_log(
     main: bool,
     wandb_id: str | None,
     resume_step: int,
+    startup: Startup | None = None,
 ) -> SilentLog:
     """The log of this process: a silent one unless `main`.
 
@@ -151,4 +171,4 @@ def build_log(
         written=metrics.kept,
         warn=console.warn,
     )
-    return RunLog(wandb_id, metrics, summary, console, wandb_run)
+    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup)
