@@ -171,7 +171,7 @@ def fit(
     broken = 0
     stream.seek(state.cursor)
     batches = iter(stream)
-    asked = None
+    asked, begun = None, state.step
     while state.step < plan.last and not asked:
         with meter.waiting():
             batch = next(batches)
@@ -183,6 +183,8 @@ def fit(
         state.cursor = batch.cursor
         watch.see(state.step, report)
         broken += _name_broken(batch)
+        if state.step == begun + 1:
+            log.first_step()
         asked = stop.agreed()
         if asked:
             log.message(f"{asked}: saving step {state.step}, then ending")

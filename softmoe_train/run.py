@@ -5,14 +5,15 @@ Read this file first, then loop.py, then model/moe.py.
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from softmoe_train.checkpoint import CheckpointError, DamagedError
-from softmoe_train.checkpoint.reader import Loaded
+from softmoe_train.checkpoint.audit import Audit, layout_words
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
@@ -30,29 +31,43 @@ from softmoe_train.loop import Evaluator, NonFiniteLossError, Plan, TrainState, 
 from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
+from softmoe_train.observe.startup import Startup
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
-from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
+from softmoe_train.settings import RunConfig, TorchEngineConfig, changed_settings, decided
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEFT_OUT = {  # by whether the checkpoint has averaged weights, where one side alone has
+    True: "without its averaged weights",
+    False: "the average of the weights starts here",
+}
 
 
-def train(config: RunConfig, world: World) -> str:
-    """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended."""
+def train(config: RunConfig, world: World, startup: Startup | None = None) -> str:
+    """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended.
+
+    `startup` is the clock of a process that does nothing else, and is told at its first step.
+    """
+    clock = startup or Startup(None)
     began = time.monotonic()
     device = pick_device(config.device, world.local_rank)
     # The claim comes after the process group: by then every rank has checked that the folder is free.
     with process_group(world, device), claim(config.folder) if world.main else nullcontext():
+        clock.done("process group")
         topology = build_topology(config, world, device)
         engine = build_engine(config, topology, device)
+        clock.done("engine")
         _index(config, world)
         stream = _stream(config, world)
         evaluators = _evaluators(config, world)
+        clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
         resumed = _resume(config, state, store, stream)
-        log = _log(config, world, state, resumed=resumed)
+        clock.done("checkpoint")
+        log = _log(config, world, state, resumed=resumed, startup=startup)
+        clock.done("log and W&B")
         log.message(_description(config, engine, topology))
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
@@ -183,24 +198,19 @@ def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: Si
     return saver
 
 
-class Resumed(NamedTuple):
-    """Where a state came from, in words, and what was read."""
-
-    source: str
-    read: Loaded
-
-
-def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed | None:
+def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit | None:
     """Fill `state`; None where it stays as it was. Precedence:
 
     1. the newest complete checkpoint of this run folder that is whole; damaged ones before it are named and set aside
     2. scratch, only where there never was one: the weights that `initialize` derived from the seed
     """
+    passed_over: list[str] = []
     while (path := store.latest()) is not None:
         try:
-            return _restore(path, config, state, store, stream)
+            return _restore(path, config, state, store, stream)._replace(set_aside=passed_over)
         except DamagedError as error:
             store.set_aside(path, error.problems)
+            passed_over.append(path.name)
         except CheckpointError as error:
             remedy = f"give the settings that it was saved with, or move {path} away to go on from the one before it"
             raise CheckpointError(error.what, [*error.problems, remedy]) from error
@@ -214,18 +224,19 @@ def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream
     return None
 
 
-def _restore(path: Path, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed:
+def _restore(path: Path, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit:
     """Fill `state` from the checkpoint `path`; what is damaged raises DamagedError before a weight is touched."""
     documents = store.read_documents(path)
-    if documents["stream"] != stream.fingerprint() and not config.allow_changes:
+    same_samples = documents["stream"] == stream.fingerprint()
+    if not same_samples and not config.allow_changes:
         raise ConfigError(
             [
                 f"data.train gives other samples than {path} was trained on: {stream.fingerprint()} now, "
                 f"{documents['stream']} then; give the same shards, another run_dir, or allow_changes=true"
             ]
         )
-    saved = documents["config"]
-    averaged = isinstance(saved, dict) and saved.get("average") is not None
+    saved = documents["config"] if isinstance(documents["config"], dict) else {}
+    averaged = saved.get("average") is not None
     # Where only one side has averaged weights they are left aside.
     kinds = ("",) if averaged == (config.average is not None) else ("model.", "optimizer.")
     tensors = {name: tensor for name, tensor in state.engine.state_dict().items() if name.startswith(kinds)}
@@ -235,13 +246,27 @@ def _restore(path: Path, config: RunConfig, state: TrainState, store: Checkpoint
     if state.best is not None and not store.holds(state.best.step):
         # It made way for a better one that was damaged, or somebody deleted it: keep the best of those that come.
         state.best = None
-    if averaged == (config.average is not None):
-        return Resumed(str(path), read)
-    aside = "without its averaged weights" if averaged else "the average of the weights starts there"
-    return Resumed(f"{path} ({aside})", read)
+    changed = changed_settings(saved, config.as_saved())
+    return Audit(
+        path=path,
+        before=_layout(saved, config, read.saved_by),
+        now=_layout(config.as_saved(), config, store.world),
+        read=read,
+        position=state.cursor.position,
+        loop=state.loop_document(),
+        left_out="" if len(kinds) == 1 else LEFT_OUT[averaged],
+        changed=changed if same_samples else [*changed, "data.train, which gives other samples"],
+        set_aside=[],
+    )
 
 
-def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Resumed | None) -> SilentLog:
+def _layout(settings: Mapping[str, Any], config: RunConfig, size: int) -> str:
+    return layout_words(settings, num_experts=config.model.num_experts, size=size)
+
+
+def _log(
+    config: RunConfig, world: World, state: TrainState, *, resumed: Audit | None, startup: Startup | None
+) -> SilentLog:
     tree = config.as_saved()
     begun = (config.folder / "metrics.jsonl").is_file()
     observe = config.observe
@@ -259,13 +284,13 @@ def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Resumed
         main=world.main,
         wandb_id=state.wandb_id or None,
         resume_step=state.step,
+        startup=startup,
     )
     state.wandb_id = log.wandb_id
     if resumed is None and begun:
         log.message(f"{config.folder} holds no checkpoint: starting from scratch, what it reported before is dropped")
     if resumed is not None:
-        log.message(f"resumed from {resumed.source} at step {state.step} of {config.steps}")
-        log.message(str(resumed.read))
+        log.record("resumed", resumed.line(state.step, config.steps), resumed.facts())
     return log
 
 

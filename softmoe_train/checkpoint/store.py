@@ -220,7 +220,7 @@ class CheckpointStore:
         self._agree(
             f"{path} failed while it was loaded: the state is undefined", lambda: copy_reads(path, reads, tensors)
         )
-        return loaded(manifest, prefix, mark.world, self.world)
+        return loaded(manifest, prefix, mark.world)
 
     def _plan(self, tensors: Mapping[str, Tensor | DTensor]) -> tuple[WritePlan, Staging]:
         """The plan and the memory of the last save where this rank, and every other, holds the same as then."""

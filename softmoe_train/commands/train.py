@@ -13,8 +13,9 @@ from softmoe_train.commands.workers import Verb, as_worker, ranks, run_verb, und
 from softmoe_train.config import as_yaml, compose
 from softmoe_train.dist import World
 from softmoe_train.launching.local import TOLD_CODES
-from softmoe_train.launching.worker import RESUME
+from softmoe_train.launching.worker import RESUME, launcher_of
 from softmoe_train.loop import NonFiniteLossError
+from softmoe_train.observe.startup import Startup
 from softmoe_train.run import train as train_rank
 from softmoe_train.settings import RunConfig, check
 
@@ -27,10 +28,12 @@ def train(overrides: list[str], *, print_only: bool) -> int:
         if under_a_launcher():
             return as_worker("train", lambda world: _print(overrides) if world.main else 0)
         return _print(overrides)
+    startup = Startup(launcher_of(os.environ))
+    startup.done("imports")
     verb = Verb(
         "train",
         compose=lambda world: compose(RunConfig, overrides, lambda c: check(c, *ranks(world, c))),
-        work=lambda config, world: _train(config, overrides, world),
+        work=lambda config, world: _train(config, overrides, world, startup),
         interrupted=_interrupted,
         grace_seconds=lambda config: config.checkpoint.grace + EXIT_SECONDS,
     )
@@ -45,9 +48,10 @@ def _interrupted(config: RunConfig) -> str:
     return f"interrupted; the same command goes on from step {step_of(complete[-1])} of {config.folder}"
 
 
-def _train(config: RunConfig, overrides: list[str], world: World) -> int:
+def _train(config: RunConfig, overrides: list[str], world: World, startup: Startup) -> int:
+    startup.done("settings")
     try:
-        reason = train_rank(config, world)
+        reason = train_rank(config, world, startup)
     except (CheckpointError, NonFiniteLossError) as error:
         if world.main:  # these are the same on every rank, and say all there is to say
             print(f"softmoe train: {error}", file=sys.stderr, flush=True)

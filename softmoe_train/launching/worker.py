@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -13,6 +13,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 LAUNCHER = "SOFTMOE_LAUNCHER_PID"  # set by our own launcher, which shows a failure itself
 RESUME = 75  # the exit code of a run that was asked to end and has saved: the same command goes on (EX_TEMPFAIL of <sysexits.h>)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def launcher_of(environ: Mapping[str, str]) -> int | None:
+    """The process of our own launcher, where this worker is of its first set; None elsewhere."""
+    first = environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    return int(environ[LAUNCHER]) if LAUNCHER in environ and first else None
 
 
 def die_with_parent() -> None:

@@ -11,6 +11,7 @@ from pydantic import field_validator
 from softmoe_train.config import Record
 from softmoe_train.observe.console import Console, ProgressKind, build_console
 from softmoe_train.observe.run_files import MetricsFile, Summary
+from softmoe_train.observe.startup import Startup
 from softmoe_train.observe.wandb_run import WandbConfig, WandbRun, start_wandb
 
 
@@ -43,6 +44,12 @@ class SilentLog:
     def message(self, text: str) -> None:
         """Take a line for people."""
 
+    def record(self, name: str, text: str, facts: Mapping[str, Any]) -> None:
+        """Take what is worth keeping of this process."""
+
+    def first_step(self) -> None:
+        """Take note that this process has made its first step."""
+
     def warn(self, text: str) -> None:
         """Take a warning."""
 
@@ -54,13 +61,20 @@ class RunLog(SilentLog):
     """The log of rank 0. metrics.jsonl is the truth; all else can be lost or late without harm."""
 
     def __init__(
-        self, wandb_id: str, metrics: MetricsFile, summary: Summary, console: Console, wandb_run: WandbRun | None
+        self,
+        wandb_id: str,
+        metrics: MetricsFile,
+        summary: Summary,
+        console: Console,
+        wandb_run: WandbRun | None,
+        startup: Startup | None,
     ) -> None:
         super().__init__(wandb_id)
         self._metrics = metrics
         self._summary = summary
         self._console = console
         self._wandb_run = wandb_run
+        self._startup = startup
         self._started = time.perf_counter()
 
     def report(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
@@ -75,7 +89,7 @@ class RunLog(SilentLog):
             )
         values = {name: float(value) for name, value in metrics.items()}
         self._metrics.append(step, images_seen, values)
-        self._summary.write(self._metrics.last, self._seconds(), wandb_id=self.wandb_id, ended=None)
+        self._write_summary(ended=None)
         self._console.report(step, values)
         if self._wandb_run is not None:
             self._wandb_run.send(step, images_seen, values)
@@ -83,6 +97,20 @@ class RunLog(SilentLog):
     def message(self, text: str) -> None:
         """Print a line for people."""
         self._console.message(text)
+
+    def record(self, name: str, text: str, facts: Mapping[str, Any]) -> None:
+        """Print a line for people, and keep its facts in this process's entry of summary.json."""
+        self._console.message(text)
+        self._summary.record(name, facts)
+        self._write_summary(ended=None)
+
+    def first_step(self) -> None:
+        """Tell how long the start took; on a GPU the step may be under way still."""
+        if self._startup is None:
+            return
+        startup, self._startup = self._startup, None  # a start ends once
+        startup.done("first step")
+        self.record("startup", str(startup), {part: round(seconds, 2) for part, seconds in startup.parts.items()})
 
     def warn(self, text: str) -> None:
         """Print a warning; it shows at `progress=off` too."""
@@ -94,13 +122,14 @@ class RunLog(SilentLog):
         Call it in a `finally`: it gives the terminal its cursor back. The files are complete before W&B is waited for.
         """
         self._metrics.close()
-        self._summary.write(self._metrics.last, self._seconds(), wandb_id=self.wandb_id, ended=reason)
+        self._write_summary(ended=reason)
         self._console.close()
         if self._wandb_run is not None:
             self._wandb_run.close(failed=failed)
 
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._started
+    def _write_summary(self, ended: str | None) -> None:
+        seconds = time.perf_counter() - self._started
+        self._summary.write(self._metrics.last, seconds, wandb_id=self.wandb_id, ended=ended)
 
 
 def build_log(
@@ -113,6 +142,7 @@ def build_log(
     main: bool,
     wandb_id: str | None,
     resume_step: int,
+    startup: Startup | None = None,
 ) -> SilentLog:
     """The log of this process: a silent one unless `main`.
 
@@ -122,13 +152,15 @@ def build_log(
     if not main:
         return SilentLog(wandb_id or "")
     run_dir.mkdir(parents=True, exist_ok=True)
-    summary = Summary(run_dir / "summary.json")
+    summary = Summary(run_dir / "summary.json", resume_step)
     # The summary's id is for a run that was killed before its first checkpoint: it is the same W&B run still.
     wandb_id = wandb_id or summary.earlier_wandb_id or secrets.token_hex(8)
     console = build_console(config.progress, total_steps, resume_step)
     metrics = MetricsFile(run_dir / "metrics.jsonl", resume_step)
     if metrics.broken:
         console.warn(f"metrics.jsonl had {metrics.broken} torn or foreign lines; they are left out")
+    if summary.broken:
+        console.warn(f"summary.json cannot be read ({summary.broken}): wall time and history start anew")
     summary.write(metrics.last, 0.0, wandb_id=wandb_id, ended=None)
     wandb_run = start_wandb(
         config.wandb,
@@ -139,4 +171,4 @@ def build_log(
         written=metrics.kept,
         warn=console.warn,
     )
-    return RunLog(wandb_id, metrics, summary, console, wandb_run)
+    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup)

@@ -57,6 +57,15 @@ def history_of(run_dir: Path) -> list[dict]:
     return rows
 
 
+def ids_of(run_dir: Path) -> list[str]:
+    """The run's id that each piece says of itself."""
+    from wandb.proto import wandb_internal_pb2
+
+    pieces = (run_dir / "wandb").glob("*run-*-*/run-*.wandb")
+    records = [wandb_internal_pb2.Record.FromString(raw) for path in pieces for raw in whole_records(path)]
+    return [record.run.run_id for record in records if record.WhichOneof("record_type") == "run"]
+
+
 def whole_records(path: Path) -> list[bytes]:
     """LevelDB's log, written down a second time from its specification: fragments per block, then joined by type."""
     content = path.read_bytes()
@@ -105,7 +114,7 @@ def test_across_a_resume_no_step_is_doubled_or_missing(tmp_path: Path) -> None:
         log.report(step, step, {"train/loss": 1 / step})
     log.close("finished", failed=False)
     assert [(row["step"], row["train/loss"]) for row in history_of(tmp_path)] == [(s, 1 / s) for s in range(10, 70, 10)]
-    assert len({path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}) == 1
+    assert ids_of(tmp_path) == [log.wandb_id] * 2
 
 
 @pytest.mark.parametrize("seconds", [0.0, 3.0], ids=["before-a-flush", "after-a-flush"])
@@ -127,6 +136,7 @@ def test_across_a_kill_no_step_is_doubled_or_missing(tmp_path: Path, seconds: fl
         log.report(step, step, {"train/loss": 1 / step})
     log.close("finished", failed=False)
     assert [row["step"] for row in history_of(tmp_path)] == [10, 20, 30, 40, 50]
+    assert set(ids_of(tmp_path)) == {log.wandb_id}
 
 
 def test_a_run_that_goes_to_wandb_only_later_brings_its_past(tmp_path: Path) -> None:
