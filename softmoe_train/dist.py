@@ -98,6 +98,39 @@ def wait_for_all(group: ControlGroup) -> None:
         dist.barrier(group)
 
 
+def lengthen_timeouts(seconds: float) -> None:
+    """Have every process group made so far wait this long in a collective; NCCL would for 10 minutes, Gloo for 30."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+class Board:
+    """Lines of text that ranks leave for each other beside their process groups, in the store by which they met.
+
+    torchrun and our launcher hold that store in a process of their own; under plain srun it is a thread of rank 0. No call waits
+    for another rank, but each would wait for ever for a store whose process is stopped.
+    """
+
+    def __init__(self, name: str) -> None:
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.holder = "the launcher on the first host" if agents else "rank 0"
+        # A connection of its own: the groups' is locked while one of them waits.
+        self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def put(self, key: str, line: str) -> None:
+        """Add a line under `key`."""
+        self._store.append(key, f"{line}\n")  # pyright: ignore[reportAttributeAccessIssue]
+        self._store.add(f"{key}/count", 1)
+
+    def count(self, key: str) -> int:
+        """How many lines there are under `key`."""
+        return self._store.add(f"{key}/count", 0)
+
+    def lines(self, key: str) -> list[str]:
+        """All lines under `key`."""
+        return self._store.get(key).decode().splitlines() if self.count(key) else []
+
+
 class PendingMax:
     """The highest of the ranks' numbers over a control group, under way from here to `wait`; every rank makes and waits for it."""
 

@@ -25,8 +25,9 @@ from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.claim import claim
+from softmoe_train.faults.hang import Watch, watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
-from softmoe_train.launching.worker import RESUME
+from softmoe_train.launching.worker import HUNG, RESUME
 from softmoe_train.loop import Evaluator, NonFiniteLossError, Plan, TrainState, fit
 from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
@@ -53,28 +54,35 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
     began = time.monotonic()
     device = pick_device(config.device, world.local_rank)
     # The claim comes after the process group: by then every rank has checked that the folder is free.
-    with process_group(world, device), claim(config.folder) if world.main else nullcontext():
+    with (
+        process_group(world, device),
+        claim(config.folder) if world.main else nullcontext(),
+        watched(world, minutes=config.hang_limit, folder=config.folder, exit_code=HUNG) as watch,
+    ):
         clock.done("process group")
         topology = build_topology(config, world, device)
         engine = build_engine(config, topology, device)
         clock.done("engine")
         _index(config, world)
         stream = _stream(config, world)
-        evaluators = _evaluators(config, world)
+        evaluators = _evaluators(config, world, watch)
         clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
+        watch.begin(state)
         resumed = _resume(config, state, store, stream)
         clock.done("checkpoint")
-        log = _log(config, world, state, resumed=resumed, startup=startup)
+        log = watch.log = _log(config, world, state, resumed=resumed, startup=startup)
         clock.done("log and W&B")
         log.message(_description(config, engine, topology))
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
+            watch.begin(state)
             reason = "failed"
             try:
                 reason = fit(state, _plan(config, stream), stream, evaluators, saver, log, stop)
             except BaseException as error:
+                watch.wait_for_the_end()
                 reason = f"failed: {type(error).__name__}: {error}"
                 if isinstance(error, NonFiniteLossError):  # every rank's alike, and what was begun before it is good
                     saver.settle(None)
@@ -161,7 +169,7 @@ def _stream(config: RunConfig, world: World) -> ImageStream:
     )
 
 
-def _evaluators(config: RunConfig, world: World) -> dict[str, Evaluator]:
+def _evaluators(config: RunConfig, world: World, watch: Watch) -> dict[str, Evaluator]:
     evaluators: dict[str, Evaluator] = {}
     if config.evals.upstream is not None:
         batches = build_eval_stream(
@@ -173,7 +181,7 @@ def _evaluators(config: RunConfig, world: World) -> dict[str, Evaluator]:
             rank=world.rank,
             world=world.size,
         )
-        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, batches, config.loss)
+        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, watch.over(batches), config.loss)
     if config.average is not None:
         evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
     return evaluators

@@ -54,6 +54,9 @@ class RunConfig(Record):
     steps: Positive  # updates of the whole run
     stop_after: Positive | None  # end cleanly after this step, as an interruption would
     time_limit: Minutes | None  # from its start, after which this process saves and ends, to be resumed
+    hang_limit: (
+        Minutes | None
+    )  # without a finished step or evaluation batch, after which the run ends and shows where it is stuck
     batch_size: Positive  # images of one step, over all ranks
     micro_batches: Positive  # parts of a rank's images that go through the model one after another
     processes: Positive  # local workers to start; under torchrun or srun the launcher decides
@@ -96,7 +99,7 @@ class RunConfig(Record):
 # the one of `parallel` that rounds.
 SHAPING = {"parallel.exchange_dtype"}
 FREE = {
-    "name", "run_dir", "stop_after", "time_limit", "micro_batches", "processes", "device", "compile", "allow_changes", "parallel",
+    "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "device", "compile", "allow_changes", "parallel",
     "engine", "checkpoint", "observe", "evals", "data.train", "data.test", "data.workers", "data.prefetch", "data.max_broken",
 }  # fmt: skip
 

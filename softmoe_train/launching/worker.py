@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 LAUNCHER = "SOFTMOE_LAUNCHER_PID"  # set by our own launcher, which shows a failure itself
 RESUME = 75  # the exit code of a run that was asked to end and has saved: the same command goes on (EX_TEMPFAIL of <sysexits.h>)
+HUNG = 4  # of a run in which nothing moved any more: the same command goes on, but whether it should is for a person or a counter
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 

@@ -53,6 +53,9 @@ class SilentLog:
     def warn(self, text: str) -> None:
         """Take a warning."""
 
+    def ended(self, reason: str) -> None:
+        """Note why the run ends where `close` cannot be waited for."""
+
     def close(self, reason: str, *, failed: bool) -> None:
         """End the log."""
 
@@ -116,13 +119,17 @@ class RunLog(SilentLog):
         """Print a warning; it shows at `progress=off` too."""
         self._console.warn(text)
 
+    def ended(self, reason: str) -> None:
+        """Note in the summary why the run ends; nothing is closed, and W&B is not told."""
+        self._write_summary(ended=reason)
+
     def close(self, reason: str, *, failed: bool) -> None:
         """End the log, with why the run ended; `failed` is how W&B shows it.
 
         Call it in a `finally`: it gives the terminal its cursor back. The files are complete before W&B is waited for.
         """
         self._metrics.close()
-        self._write_summary(ended=reason)
+        self.ended(reason)
         self._console.close()
         if self._wandb_run is not None:
             self._wandb_run.close(failed=failed)

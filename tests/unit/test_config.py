@@ -196,13 +196,14 @@ def test_of_several_hosts_none_judges_alone_what_depends_on_all() -> None:
         compose(RunConfig, [*run, "parallel.node_size=3"], lambda config: compute_problems(config, 16, 4))
 
 
-def test_a_time_limit_is_minutes_above_zero_and_may_change_under_a_run() -> None:
-    limited = compose(RunConfig, ["recipe=debug", "time_limit=5", "checkpoint.grace=30"], lambda _: [])
-    assert (limited.time_limit, limited.checkpoint.grace) == (5, 30)
+def test_time_limits_are_above_zero_and_may_change_under_a_run() -> None:
+    limits = ["time_limit=5", "hang_limit=null", "checkpoint.grace=30"]
+    limited = compose(RunConfig, ["recipe=debug", *limits], lambda _: [])
+    assert (limited.time_limit, limited.hang_limit, limited.checkpoint.grace) == (5, None, 30)
     unlimited = compose(RunConfig, ["recipe=debug"], lambda _: [])
-    assert unlimited.time_limit is None
+    assert (unlimited.time_limit, unlimited.hang_limit) == (None, 20)
     assert changed_settings(unlimited.as_saved(), limited.as_saved()) == []
-    for wrong in ("time_limit=0", "checkpoint.grace=0"):
+    for wrong in ("time_limit=0", "hang_limit=0", "checkpoint.grace=0"):
         with pytest.raises(ConfigError, match=wrong):
             compose(RunConfig, ["recipe=debug", wrong], lambda _: [])
 
