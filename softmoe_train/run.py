@@ -24,7 +24,7 @@ from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspe
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
-from softmoe_train.faults.claim import claim
+from softmoe_train.faults.claim import Claim, claim
 from softmoe_train.faults.hang import Watch, watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
 from softmoe_train.launching.worker import HUNG, RESUME
@@ -56,7 +56,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
     # The claim comes after the process group: by then every rank has checked that the folder is free.
     with (
         process_group(world, device),
-        claim(config.folder) if world.main else nullcontext(),
+        claim(config.folder) if world.main else nullcontext() as held,
         watched(world, minutes=config.hang_limit, folder=config.folder, exit_code=HUNG) as watch,
     ):
         clock.done("process group")
@@ -72,7 +72,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         watch.begin(state)
         resumed = _resume(config, state, store, stream)
         clock.done("checkpoint")
-        log = watch.log = _log(config, world, state, resumed=resumed, startup=startup)
+        log = watch.log = _log(config, held, state, resumed=resumed, startup=startup)
         clock.done("log and W&B")
         log.message(_description(config, engine, topology))
         saver = _saver(config, state, store, log)
@@ -273,26 +273,30 @@ def _layout(settings: Mapping[str, Any], config: RunConfig, size: int) -> str:
 
 
 def _log(
-    config: RunConfig, world: World, state: TrainState, *, resumed: Audit | None, startup: Startup | None
+    config: RunConfig, held: Claim | None, state: TrainState, *, resumed: Audit | None, startup: Startup | None
 ) -> SilentLog:
     tree = config.as_saved()
+
+    def make_folder() -> None:
+        if held is not None:
+            held.take()
+            save_yaml(tree, config.folder / "config.yaml")
+
     begun = (config.folder / "metrics.jsonl").is_file()
     observe = config.observe
     if state.step >= config.steps:  # nothing will be sent
         observe = observe.model_copy(update={"wandb": observe.wandb.model_copy(update={"mode": "disabled"})})
-    if world.main:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        save_yaml(tree, config.folder / "config.yaml")
     log = build_log(
         observe,
         config.folder,
         name=config.name,
         run_config=tree,
         total_steps=config.steps,
-        main=world.main,
+        main=held is not None,
         wandb_id=state.wandb_id or None,
         resume_step=state.step,
         startup=startup,
+        make_folder=make_folder,
     )
     state.wandb_id = log.wandb_id
     if resumed is None and begun:

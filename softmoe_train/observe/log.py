@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class RunLog(SilentLog):
         console: Console,
         wandb_run: WandbRun | None,
         startup: Startup | None,
+        make_folder: Callable[[], object],
     ) -> None:
         super().__init__(wandb_id)
         self._metrics = metrics
@@ -78,6 +79,8 @@ class RunLog(SilentLog):
         self._console = console
         self._wandb_run = wandb_run
         self._startup = startup
+        self._make_folder = make_folder
+        self._trouble = ""  # why the files could not be written when that was tried last
         self._started = time.perf_counter()
 
     def report(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
@@ -92,7 +95,7 @@ class RunLog(SilentLog):
             )
         values = {name: float(value) for name, value in metrics.items()}
         self._metrics.append(step, images_seen, values)
-        self._write_summary(ended=None)
+        self._write(ended=None)
         self._console.report(step, values)
         if self._wandb_run is not None:
             self._wandb_run.send(step, images_seen, values)
@@ -105,7 +108,7 @@ class RunLog(SilentLog):
         """Print a line for people, and keep its facts in this process's entry of summary.json."""
         self._console.message(text)
         self._summary.record(name, facts)
-        self._write_summary(ended=None)
+        self._write(ended=None)
 
     def first_step(self) -> None:
         """Tell how long the start took; on a GPU the step may be under way still."""
@@ -121,22 +124,47 @@ class RunLog(SilentLog):
 
     def ended(self, reason: str) -> None:
         """Note in the summary why the run ends; nothing is closed, and W&B is not told."""
-        self._write_summary(ended=reason)
+        self._write(ended=reason)
 
     def close(self, reason: str, *, failed: bool) -> None:
         """End the log, with why the run ended; `failed` is how W&B shows it.
 
         Call it in a `finally`: it gives the terminal its cursor back. The files are complete before W&B is waited for.
         """
-        self._metrics.close()
         self.ended(reason)
         self._console.close()
         if self._wandb_run is not None:
             self._wandb_run.close(failed=failed)
 
-    def _write_summary(self, ended: str | None) -> None:
-        seconds = time.perf_counter() - self._started
-        self._summary.write(self._metrics.last, seconds, wandb_id=self.wandb_id, ended=ended)
+    def _write(self, ended: str | None) -> None:
+        """Bring the files up to date. A disk that does not take them is one warning, and they are tried again at the next report.
+
+        Raises BlockingIOError where the folder has become another run's.
+        """
+        try:
+            if not self._metrics.is_there:
+                self._make_folder()
+                self._metrics.begin()
+                self.warn(
+                    f"the run folder was deleted or replaced: from step {self._metrics.last.get('step')} on it is written anew"
+                )
+            self._metrics.write()
+            seconds = time.perf_counter() - self._started
+            self._summary.write(self._metrics.last, seconds, wandb_id=self.wandb_id, ended=ended)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                self.warn(
+                    f"metrics.jsonl and summary.json cannot be written ({error}); training goes on, and they are tried again"
+                )
+            if ended is not None:
+                self.warn(f"{len(self._metrics.unwritten)} reports are not in metrics.jsonl")
+        else:
+            if self._trouble:
+                self.message("metrics.jsonl and summary.json are written again, and lack nothing")
+            self._trouble = ""
 
 
 def build_log(
@@ -150,15 +178,18 @@ def build_log(
     wandb_id: str | None,
     resume_step: int,
     startup: Startup | None = None,
+    make_folder: Callable[[], object] | None = None,
 ) -> SilentLog:
     """The log of this process: a silent one unless `main`.
 
     `resume_step` is the step of the checkpoint that was loaded, 0 from scratch: metrics.jsonl is cut back to it.
     `wandb_id` is the one in that checkpoint; None makes one up (on `main` only: elsewhere it stays empty).
+    `make_folder` makes the run folder where it was deleted in mid-run, and raises BlockingIOError where another run has it.
     """
     if not main:
         return SilentLog(wandb_id or "")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder = make_folder or (lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    make_folder()
     summary = Summary(run_dir / "summary.json", resume_step)
     # The summary's id is for a run that was killed before its first checkpoint: it is the same W&B run still.
     wandb_id = wandb_id or summary.earlier_wandb_id or secrets.token_hex(8)
@@ -178,4 +209,4 @@ def build_log(
         written=metrics.kept,
         warn=console.warn,
     )
-    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup)
+    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup, make_folder)

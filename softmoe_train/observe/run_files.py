@@ -1,5 +1,6 @@
 """This file owns what a run folder says about the run: metrics.jsonl (the truth) and summary.json."""
 
+import errno
 import json
 import math
 import os
@@ -58,20 +59,43 @@ class MetricsFile:
         self.last: Line = {}
         for line in self.kept:
             self.last |= line
-        self._file = path.open("ab")
+        self.unwritten: list[bytes] = []
+        self._path = path
+        self.begin()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file of `begin` is still in its place: a folder that is deleted takes it along."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def begin(self) -> None:
+        """Go on with the file that is in its place now, or with a new one."""
+        self._path.touch()
+        self._file = self._path.open("rb")  # as long as it is open, no other file can look like it
 
     def append(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """Write one line; it has left the process when this returns."""
+        """Take one line, for `write`."""
         line: Line = {"step": step, "images_seen": images_seen}
         line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        # A kill leaves the line out or, at worst, torn at the very end, and a resume cuts that off.
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self.unwritten.append(json.dumps(line, allow_nan=False).encode() + b"\n")
         self.last |= line
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def write(self) -> None:
+        """Write what was taken; it has left the process when this returns. Raises OSError, and then keeps it for the next time."""
+        # A kill leaves lines out or, at worst, one torn at the very end, and a resume cuts that off.
+        with self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                data = b"".join(self.unwritten)
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.truncate(self._path, end)  # or the next line would begin inside a torn one
+                raise
+        self.unwritten.clear()
 
 
 class Summary:

@@ -1,6 +1,6 @@
 """A disk without room, one for real (a small tmpfs): what gives way, what does not, and what is said in time."""
 
-import subprocess
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softmoe_train.checkpoint import CheckpointError, CheckpointStore, verify
 from softmoe_train.checkpoint.saver import Saver
+from tests.disks import read_only, small_disk
 
 MIB = 2**20
 
@@ -21,15 +22,8 @@ def state(value: float, mib: int = 4) -> dict[str, Tensor]:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 14 MiB: it holds three states of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "disk", 14) as folder:
+        yield folder
 
 
 def kept(store: CheckpointStore) -> list[int]:
@@ -96,3 +90,25 @@ def test_a_disk_that_fills_while_a_save_writes_loses_nothing(disk: Path, monkeyp
     with pytest.raises(CheckpointError, match=r"OSError.*No space left on device"):
         store.save(2, state(2), {})
     assert kept(store) == [1], "what was written of the second has gone"
+
+
+def test_a_disk_that_turns_read_only_is_a_warning_until_it_is_mended(disk: Path) -> None:
+    warnings: list[str] = []
+    store = CheckpointStore(disk / "checkpoints", keep_last=1, rank=0, world=1, group=None)
+    saver = Saver(store, max_failures=2, warn=warnings.append)
+    saver.save(1, state(1), {}, None)
+    with read_only(disk):
+        saver.begin(2, state(2), {}, None)
+        saver.settle(None)
+    assert "Read-only file system" in warnings[0]
+    saver.begin(3, state(3), {}, None)
+    saver.settle(None)
+    assert (kept(store), len(warnings)) == ([3], 1)
+
+
+def test_a_folder_that_is_deleted_in_mid_run_is_made_again(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=1, rank=0, world=1, group=None)
+    store.save(1, state(1), {})
+    shutil.rmtree(tmp_path / "run")
+    store.save(2, state(2), {})
+    assert kept(store) == [2]
