@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class SilentLog:
     def warn(self, text: str) -> None:
         """Take a warning."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Take what people should hear of although nobody watches."""
+
     def close(self, reason: str, *, failed: bool) -> None:
         """End the log."""
 
@@ -88,6 +91,12 @@ class RunLog(SilentLog):
         """Print a warning; it shows at `progress=off` too."""
         self._console.warn(text)
 
+    def alert(self, title: str, text: str) -> None:
+        """Print a warning, and have W&B send it to whom its settings say."""
+        self.warn(f"{title}: {text}")
+        if self._wandb_run is not None:
+            self._wandb_run.alert(title, text)
+
     def close(self, reason: str, *, failed: bool) -> None:
         """End the log, with why the run ended; `failed` is how W&B shows it.
 
@@ -113,11 +122,13 @@ def build_log(
     main: bool,
     wandb_id: str | None,
     resume_step: int,
+    taken_back: Sequence[tuple[int, int]] = (),
 ) -> SilentLog:
     """The log of this process: a silent one unless `main`.
 
     `resume_step` is the step of the checkpoint that was loaded, 0 from scratch: metrics.jsonl is cut back to it.
     `wandb_id` is the one in that checkpoint; None makes one up (on `main` only: elsewhere it stays empty).
+    `taken_back` are the first and last step that each rollback of the run took back, in their order.
     """
     if not main:
         return SilentLog(wandb_id or "")
@@ -137,6 +148,7 @@ def build_log(
         name=name,
         run_config=run_config,
         written=metrics.kept,
+        taken_back=taken_back,
         warn=console.warn,
     )
     return RunLog(wandb_id, metrics, summary, console, wandb_run)
