@@ -22,6 +22,8 @@ from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspe
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
+from softmoe_train.faults.bad_batches import BadBatches
+from softmoe_train.faults.bad_steps import REMEDY, BadData, BadStepsError
 from softmoe_train.faults.claim import claim
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
 from softmoe_train.launching.worker import RESUME
@@ -56,7 +58,12 @@ def train(config: RunConfig, world: World) -> str:
         with _stop(config, world, began) as stop:
             reason = "failed"
             try:
-                reason = fit(state, _plan(config, stream), stream, evaluators, store, log, stop)
+                plan = _plan(config, stream, world)
+                ended = fit(state, plan, stream, evaluators, store, log, stop)
+                while isinstance(ended, BadData):
+                    log = _roll_back(ended, config, world, state, store, stream, log)
+                    ended = fit(state, plan, stream, evaluators, store, log, stop)
+                reason = ended
             except BaseException as error:
                 reason = f"failed: {type(error).__name__}: {error}"
                 raise
@@ -229,6 +236,39 @@ def _restore(path: Path, config: RunConfig, state: TrainState, store: Checkpoint
     return Resumed(f"{path} ({aside})", read)
 
 
+def _roll_back(
+    data: BadData,
+    config: RunConfig,
+    world: World,
+    state: TrainState,
+    store: CheckpointStore,
+    stream: ImageStream,
+    log: SilentLog,
+) -> SilentLog:
+    """Go back to the newest checkpoint from before `data`, which is then passed over; returns the log that goes on from there.
+
+    A kill at any instant: the next start comes to `data` again, and back to here.
+    """
+    passed_over, given_up_at = [*state.bad_steps.passed_over, data], state.step
+    gone = store.delete_from(data.first_step)
+    resumed = _resume(config, state, store, stream)
+    if resumed is None:
+        what = f"every step from {data.first_step} to {data.last_step} was bad"
+        raise BadStepsError(f"{what}, and there is no checkpoint from before them to go back to. {REMEDY}")
+    assert state.step < data.first_step, (state.step, data)
+    state.bad_steps = state.bad_steps.model_copy(update={"passed_over": passed_over})
+    title = f"rolled back from step {given_up_at} to {state.step}"
+    log.close(title, failed=False)
+    log = _log(config, world, state, resumed=resumed)
+    deleted = f"; {', '.join(path.name for path in gone)} deleted" if gone else ""
+    log.alert(
+        title,
+        f"every step from {data.first_step} to {data.last_step} was bad, so their images, samples {data.begin} to {data.end - 1}, "
+        f"are passed over (rollback {len(passed_over)} of at most {config.bad_steps.rollbacks}){deleted}",
+    )
+    return log
+
+
 def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Resumed | None) -> SilentLog:
     tree = config.as_saved()
     begun = (config.folder / "metrics.jsonl").is_file()
@@ -247,6 +287,7 @@ def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Resumed
         main=world.main,
         wandb_id=state.wandb_id or None,
         resume_step=state.step,
+        taken_back=[(data.first_step, data.last_step) for data in state.bad_steps.passed_over],
     )
     state.wandb_id = log.wandb_id
     if resumed is None and begun:
@@ -281,7 +322,7 @@ def _description(config: RunConfig, engine: TorchEngine | DeepSpeedEngine, topol
     return f"{parameters:,} parameters, {experts}; {ranks}; {engine.device.type}, {config.precision}"
 
 
-def _plan(config: RunConfig, stream: ImageStream) -> Plan:
+def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
     return Plan(
         steps=config.steps,
         stop_after=config.stop_after,
@@ -290,5 +331,7 @@ def _plan(config: RunConfig, stream: ImageStream) -> Plan:
         report_every=config.observe.every,
         save_every=config.checkpoint.every,
         best=config.checkpoint.best,
+        bad_steps=config.bad_steps,
+        bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )

@@ -12,6 +12,7 @@ from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.commands.workers import Verb, as_worker, ranks, run_verb, under_a_launcher
 from softmoe_train.config import as_yaml, compose
 from softmoe_train.dist import World
+from softmoe_train.faults.bad_steps import BadStepsError
 from softmoe_train.launching.local import TOLD_CODES
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.loop import NonFiniteLossError
@@ -48,7 +49,7 @@ def _interrupted(config: RunConfig) -> str:
 def _train(config: RunConfig, overrides: list[str], world: World) -> int:
     try:
         reason = train_rank(config, world)
-    except (CheckpointError, NonFiniteLossError) as error:
+    except (CheckpointError, BadStepsError, NonFiniteLossError) as error:
         if world.main:  # these are the same on every rank, and say all there is to say
             print(f"softmoe train: {error}", file=sys.stderr, flush=True)
         return TOLD_CODES[1]
