@@ -5,15 +5,11 @@ Read this file first, then loop.py, then model/moe.py.
 
 import math
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from softmoe_train.checkpoint import CheckpointError, DamagedError
-from softmoe_train.checkpoint.audit import Audit, layout_words
+from softmoe_train.checkpoint.audit import Audit
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
@@ -24,11 +20,13 @@ from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspe
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
+from softmoe_train.faults.bad_batches import BadBatches
+from softmoe_train.faults.bad_steps import BadData, BadStepsError
 from softmoe_train.faults.claim import Claim, claim
 from softmoe_train.faults.hang import Watch, watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
 from softmoe_train.launching.worker import HUNG, RESUME
-from softmoe_train.loop import Evaluator, NonFiniteLossError, Plan, TrainState, fit
+from softmoe_train.loop import Evaluator, Plan, TrainState, fit
 from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
@@ -36,13 +34,10 @@ from softmoe_train.observe.startup import Startup
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
-from softmoe_train.settings import RunConfig, TorchEngineConfig, changed_settings, decided
+from softmoe_train.resume import go_back, resume
+from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LEFT_OUT = {  # by whether the checkpoint has averaged weights, where one side alone has
-    True: "without its averaged weights",
-    False: "the average of the weights starts here",
-}
 
 
 def train(config: RunConfig, world: World, startup: Startup | None = None) -> str:
@@ -70,7 +65,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
         watch.begin(state)
-        resumed = _resume(config, state, store, stream)
+        resumed = resume(config, state, store, stream)
         clock.done("checkpoint")
         log = watch.log = _log(config, held, state, resumed=resumed, startup=startup)
         clock.done("log and W&B")
@@ -80,11 +75,16 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
             watch.begin(state)
             reason = "failed"
             try:
-                reason = fit(state, _plan(config, stream), stream, evaluators, saver, log, stop)
+                plan = _plan(config, stream, world)
+                while isinstance(ended := fit(state, plan, stream, evaluators, saver, log, stop), BadData):
+                    saver.settle(None)
+                    log = watch.log = _roll_back(ended, config, held, state, store, stream, log)
+                    saver = _saver(config, state, store, log)
+                reason = ended
             except BaseException as error:
                 watch.wait_for_the_end()
                 reason = f"failed: {type(error).__name__}: {error}"
-                if isinstance(error, NonFiniteLossError):  # every rank's alike, and what was begun before it is good
+                if isinstance(error, BadStepsError):  # every rank's alike, and what was begun before it is good
                     saver.settle(None)
                 raise
             finally:
@@ -199,77 +199,35 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
 
 
 def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: SilentLog) -> Saver:
-    saver = Saver(store, max_failures=config.checkpoint.max_failures, warn=log.warn)
+    saver = Saver(store, max_failures=config.checkpoint.max_failures, warn=lambda text: log.alert("checkpoints", text))
     if config.checkpoint.every and state.step < config.steps:
         store.prepare(state.engine.state_dict())
         saver.look_ahead()
     return saver
 
 
-def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit | None:
-    """Fill `state`; None where it stays as it was. Precedence:
-
-    1. the newest complete checkpoint of this run folder that is whole; damaged ones before it are named and set aside
-    2. scratch, only where there never was one: the weights that `initialize` derived from the seed
-    """
-    passed_over: list[str] = []
-    while (path := store.latest()) is not None:
-        try:
-            return _restore(path, config, state, store, stream)._replace(set_aside=passed_over)
-        except DamagedError as error:
-            store.set_aside(path, error.problems)
-            passed_over.append(path.name)
-        except CheckpointError as error:
-            remedy = f"give the settings that it was saved with, or move {path} away to go on from the one before it"
-            raise CheckpointError(error.what, [*error.problems, remedy]) from error
-    damaged = store.folders_set_aside()
-    if damaged:
-        rule = "a run that has checkpoints does not start over by itself"
-        remedy = f"repair one and give it its name back; to start from scratch, move them out of {store.folder} or give another run_dir"
-        raise CheckpointError(
-            "no checkpoint is left to resume from", [*(f"{p} is damaged" for p in damaged), f"{rule}: {remedy}"]
-        )
-    return None
-
-
-def _restore(path: Path, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit:
-    """Fill `state` from the checkpoint `path`; what is damaged raises DamagedError before a weight is touched."""
-    documents = store.read_documents(path)
-    same_samples = documents["stream"] == stream.fingerprint()
-    if not same_samples and not config.allow_changes:
-        raise ConfigError(
-            [
-                f"data.train gives other samples than {path} was trained on: {stream.fingerprint()} now, "
-                f"{documents['stream']} then; give the same shards, another run_dir, or allow_changes=true"
-            ]
-        )
-    saved = documents["config"] if isinstance(documents["config"], dict) else {}
-    averaged = saved.get("average") is not None
-    # Where only one side has averaged weights they are left aside.
-    kinds = ("",) if averaged == (config.average is not None) else ("model.", "optimizer.")
-    tensors = {name: tensor for name, tensor in state.engine.state_dict().items() if name.startswith(kinds)}
-    read = store.load(path, tensors, prefix=kinds)
-    state.engine.load_state_dict(tensors)
-    state.restore(documents["loop"])
-    if state.best is not None and not store.holds(state.best.step):
-        # It made way for a better one that was damaged, or somebody deleted it: keep the best of those that come.
-        state.best = None
-    changed = changed_settings(saved, config.as_saved())
-    return Audit(
-        path=path,
-        before=_layout(saved, config, read.saved_by),
-        now=_layout(config.as_saved(), config, store.world),
-        read=read,
-        position=state.cursor.position,
-        loop=state.loop_document(),
-        left_out="" if len(kinds) == 1 else LEFT_OUT[averaged],
-        changed=changed if same_samples else [*changed, "data.train, which gives other samples"],
-        set_aside=[],
+def _roll_back(
+    data: BadData,
+    config: RunConfig,
+    held: Claim | None,
+    state: TrainState,
+    store: CheckpointStore,
+    stream: ImageStream,
+    log: SilentLog,
+) -> SilentLog:
+    """Go back to before `data`, which is then passed over; returns the log that goes on from there."""
+    given_up_at = state.step
+    resumed, gone = go_back(data, config, state, store, stream)
+    title = f"rolled back from step {given_up_at} to {state.step}"
+    log.close(title, failed=False)
+    log = _log(config, held, state, resumed=resumed, startup=None)
+    deleted = f"; {', '.join(path.name for path in gone)} deleted" if gone else ""
+    log.alert(
+        title,
+        f"every step from {data.first_step} to {data.last_step} was bad, so their images, samples {data.begin} to {data.end - 1}, "
+        f"are passed over (rollback {len(state.bad_steps.passed_over)} of at most {config.bad_steps.rollbacks}){deleted}",
     )
-
-
-def _layout(settings: Mapping[str, Any], config: RunConfig, size: int) -> str:
-    return layout_words(settings, num_experts=config.model.num_experts, size=size)
+    return log
 
 
 def _log(
@@ -297,6 +255,7 @@ def _log(
         resume_step=state.step,
         startup=startup,
         make_folder=make_folder,
+        taken_back=[(data.first_step, data.last_step) for data in state.bad_steps.passed_over],
     )
     state.wandb_id = log.wandb_id
     if resumed is None and begun:
@@ -330,7 +289,7 @@ def _description(config: RunConfig, engine: TorchEngine | DeepSpeedEngine, topol
     return f"{parameters:,} parameters, {experts}; {ranks}; {engine.device.type}, {config.precision}"
 
 
-def _plan(config: RunConfig, stream: ImageStream) -> Plan:
+def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
     return Plan(
         steps=config.steps,
         stop_after=config.stop_after,
@@ -339,5 +298,7 @@ def _plan(config: RunConfig, stream: ImageStream) -> Plan:
         report_every=config.observe.every,
         save_every=config.checkpoint.every,
         best=config.checkpoint.best,
+        bad_steps=config.bad_steps,
+        bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )

@@ -188,6 +188,17 @@ class CheckpointStore:
         path = step_folder(self.folder, step)
         return self._from_rank_0(f"listing {self.folder}", lambda: path in step_folders(self.folder, complete=True))
 
+    def delete_from(self, step: int) -> list[Path]:
+        """Delete the checkpoints of `step` and of later ones, newest first; returns their folders."""
+
+        def stage() -> list[Path]:
+            gone = [path for path in reversed(step_folders(self.folder, complete=True)) if step_of(path) >= step]
+            for path in gone:
+                delete(path)
+            return gone
+
+        return self._from_rank_0(f"deleting checkpoints from step {step} on in {self.folder}", stage)
+
     def read_documents(self, path: Path) -> dict[str, JSON]:
         """The JSON documents of the checkpoint `path`, each checked against the completion mark."""
         return self._agree(f"{path} cannot be read", lambda: read_documents(path))

@@ -12,9 +12,9 @@ from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.commands.workers import Verb, as_worker, ranks, run_verb, under_a_launcher
 from softmoe_train.config import as_yaml, compose
 from softmoe_train.dist import World
+from softmoe_train.faults.bad_steps import BadStepsError
 from softmoe_train.launching.local import TOLD_CODES
 from softmoe_train.launching.worker import RESUME, launcher_of
-from softmoe_train.loop import NonFiniteLossError
 from softmoe_train.observe.startup import Startup
 from softmoe_train.run import train as train_rank
 from softmoe_train.settings import RunConfig, check
@@ -52,7 +52,7 @@ def _train(config: RunConfig, overrides: list[str], world: World, startup: Start
     startup.done("settings")
     try:
         reason = train_rank(config, world, startup)
-    except (CheckpointError, NonFiniteLossError) as error:
+    except (CheckpointError, BadStepsError) as error:
         if world.main:  # these are the same on every rank, and say all there is to say
             print(f"softmoe train: {error}", file=sys.stderr, flush=True)
         return TOLD_CODES[1]

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class SilentLog:
 
     def warn(self, text: str) -> None:
         """Take a warning."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Take what people should hear of although nobody watches."""
 
     def ended(self, reason: str) -> None:
         """Note why the run ends where `close` cannot be waited for."""
@@ -122,6 +125,12 @@ class RunLog(SilentLog):
         """Print a warning; it shows at `progress=off` too."""
         self._console.warn(text)
 
+    def alert(self, title: str, text: str) -> None:
+        """Print a warning, and have W&B send it to whom its settings say."""
+        self.warn(f"{title}: {text}")
+        if self._wandb_run is not None:
+            self._wandb_run.alert(title, text)
+
     def ended(self, reason: str) -> None:
         """Note in the summary why the run ends; nothing is closed, and W&B is not told."""
         self._write(ended=reason)
@@ -179,12 +188,14 @@ def build_log(
     resume_step: int,
     startup: Startup | None = None,
     make_folder: Callable[[], object] | None = None,
+    taken_back: Sequence[tuple[int, int]] = (),
 ) -> SilentLog:
     """The log of this process: a silent one unless `main`.
 
     `resume_step` is the step of the checkpoint that was loaded, 0 from scratch: metrics.jsonl is cut back to it.
     `wandb_id` is the one in that checkpoint; None makes one up (on `main` only: elsewhere it stays empty).
     `make_folder` makes the run folder where it was deleted in mid-run, and raises BlockingIOError where another run has it.
+    `taken_back` are the first and last step that each rollback of the run took back, in their order.
     """
     if not main:
         return SilentLog(wandb_id or "")
@@ -207,6 +218,7 @@ def build_log(
         name=name,
         run_config=run_config,
         written=metrics.kept,
+        taken_back=taken_back,
         warn=console.warn,
     )
     return RunLog(wandb_id, metrics, summary, console, wandb_run, startup, make_folder)

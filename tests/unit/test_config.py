@@ -234,3 +234,18 @@ def test_a_best_checkpoint_that_could_never_be_is_refused() -> None:
     (off,) = problems_of("recipe=debug", "evals.upstream=null", "checkpoint.best=lowest upstream/test/loss")
     assert "no evaluator is on" in off
     compose(RunConfig, ["recipe=debug", "checkpoint.best=lowest upstream/test/loss"], lambda c: check(c, 1, 1))
+
+
+def test_a_run_that_may_go_back_keeps_a_checkpoint_to_go_back_to() -> None:
+    (problem,) = problems_of("recipe=debug", "bad_steps.then=rollback", "checkpoint.keep_last=1")
+    assert problem.startswith("bad_steps.then=rollback with checkpoint.keep_last=1: ")
+    assert problem.endswith("use 2")
+    assert problems_of("recipe=debug", "bad_steps.then=forget", "bad_steps.spike=0") == [
+        "bad_steps.spike=0: input should be greater than 0",
+        "bad_steps.then='forget': input should be 'stop' or 'rollback'",
+    ]
+
+
+def test_what_is_done_about_bad_steps_may_change_under_a_run() -> None:
+    stops, goes_on = (compose_alone("recipe=debug", *more).as_saved() for more in ([], ["bad_steps.then=rollback"]))
+    assert changed_settings(stops, goes_on) == []

@@ -284,6 +284,16 @@ def test_every_nth_step_and_the_best_are_kept_beside_the_newest(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000300", "step_00000600"]
 
 
+def test_all_from_a_step_on_is_deleted_and_the_ones_before_stay(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep_last=9)
+    for step in (100, 200, 300):
+        store.save(step, truth(), {})
+    assert [path.name for path in store.delete_from(101)] == ["step_00000300", "step_00000200"]
+    assert store.delete_from(101) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000100"]
+    store.save(200, truth(), {})
+
+
 def test_a_step_that_is_complete_is_left_as_it_is(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     assert store_in(saved.parent).save(200, blank(truth()), {}) == saved
