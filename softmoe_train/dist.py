@@ -24,6 +24,7 @@ class World(NamedTuple):
     size: int
     local_rank: int
     local_size: int
+    store: dist.Store | None = None  # where these ranks have met, and nobody before them; None: as the environment says
 
     @property
     def main(self) -> bool:
@@ -34,7 +35,8 @@ class World(NamedTuple):
 def world_of(environ: dict[str, str] | os._Environ[str]) -> World:
     """The rank facts that a launcher left in the environment; a process alone is rank 0 of 1."""
     numbers = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    return World(*(int(environ.get(key, alone)) for key, alone in numbers))
+    rank, size, local_rank, local_size = (int(environ.get(key, alone)) for key, alone in numbers)
+    return World(rank, size, local_rank, local_size)
 
 
 def pick_device(kind: str, local_rank: int) -> torch.device:
@@ -72,7 +74,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+        dist.init_process_group(backend, store=world.store, rank=world.rank, world_size=world.size)
     failed = True
     try:
         yield

@@ -61,6 +61,7 @@ class RunConfig(Record):
     batch_size: Positive  # images of one step, over all ranks
     micro_batches: Positive  # parts of a rank's images that go through the model one after another
     processes: Positive  # local workers to start; under torchrun or srun the launcher decides
+    elastic: bool  # under torchrun's restarts: train on the largest legal world, the other ranks wait as spares
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["float32", "bfloat16"]  # of gathered weights and activations; stored weights are float32
     compile: bool  # each block by torch.compile: minutes at the start, fewer kernels after
@@ -101,9 +102,9 @@ class RunConfig(Record):
 # the one of `parallel` that rounds.
 SHAPING = {"parallel.exchange_dtype"}
 FREE = {
-    "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "device", "compile", "allow_changes",
-    "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.workers", "data.prefetch",
-    "data.max_broken",
+    "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "device", "compile",
+    "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.workers",
+    "data.prefetch", "data.max_broken",
 }  # fmt: skip
 
 

@@ -73,6 +73,13 @@ def owner(folder: Path) -> str | None:
     return None
 
 
+def wait_until_free(folder: Path, seconds: float) -> None:
+    """Give the owner of `folder` this long to end, where it has one."""
+    until = time.monotonic() + seconds
+    while owner(folder) is not None and time.monotonic() < until:
+        time.sleep(0.2)
+
+
 def _lock(file: IO[str], folder: Path) -> None:
     for patience in range(20, -1, -1):
         try:

@@ -40,6 +40,14 @@ def die_with_parent() -> None:
         os._exit(128 + signal.SIGKILL)
 
 
+def end_launcher() -> None:
+    """Have torchrun end in good order, where it would start again what can only end in the same way.
+
+    It starts its workers again after any exit code but 0, and 0 would say that all is well.
+    """
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
 def run_worker(main: Callable[[], int]) -> int:
     """Run a worker's main and return its exit code; a worker whose main raises reports its traceback and exits with 1.
 
