@@ -21,14 +21,25 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
         assert _run("umount", "--lazy", str(folder)).returncode == 0  # files in it may be open still
 
 
+def forbid(folder: Path) -> None:
+    """Have nothing written under `folder` any more, by the superuser either: what is open already stays open."""
+    assert _run("mount", "--bind", str(folder), str(folder)).returncode == 0
+    assert _run("mount", "-o", "remount,bind,ro", str(folder)).returncode == 0
+
+
+def permit(folder: Path) -> None:
+    """Take back `forbid`."""
+    assert _run("umount", "--lazy", str(folder)).returncode == 0
+
+
 @contextmanager
-def read_only(disk: Path) -> Iterator[None]:
-    """Nothing can be written to a file system of `small_disk` inside: permission is lost even for the superuser."""
-    assert _run("mount", "-o", "remount,ro", str(disk)).returncode == 0
+def read_only(folder: Path) -> Iterator[None]:
+    """Nothing can be written under `folder` inside."""
+    forbid(folder)
     try:
         yield
     finally:
-        assert _run("mount", "-o", "remount,rw", str(disk)).returncode == 0
+        permit(folder)
 
 
 def fill(path: Path) -> None:

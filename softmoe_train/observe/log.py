@@ -154,8 +154,9 @@ class RunLog(SilentLog):
             if not self._metrics.is_there:
                 self._make_folder()
                 self._metrics.begin()
-                self.warn(
-                    f"the run folder was deleted or replaced: from step {self._metrics.last.get('step')} on it is written anew"
+                self.alert(
+                    "run folder",
+                    f"the run folder was deleted or replaced: from step {self._metrics.last.get('step')} on it is written anew",
                 )
             self._metrics.write()
             seconds = time.perf_counter() - self._started
@@ -165,11 +166,12 @@ class RunLog(SilentLog):
         except OSError as error:
             if str(error) != self._trouble:
                 self._trouble = str(error)
-                self.warn(
-                    f"metrics.jsonl and summary.json cannot be written ({error}); training goes on, and they are tried again"
+                self.alert(
+                    "run folder",
+                    f"metrics.jsonl and summary.json cannot be written ({error}); training goes on, and they are tried again",
                 )
             if ended is not None:
-                self.warn(f"{len(self._metrics.unwritten)} reports are not in metrics.jsonl")
+                self.alert("run folder", f"{len(self._metrics.unwritten)} reports are not in metrics.jsonl")
         else:
             if self._trouble:
                 self.message("metrics.jsonl and summary.json are written again, and lack nothing")
