@@ -53,9 +53,9 @@ def alive(pid: int) -> bool:
     """Whether a process runs still; one that only waits to be collected does not."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):  # gone before the one, or between the two
         return False
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
 def metrics(run: Path, name: str) -> dict[int, float]:

@@ -92,7 +92,8 @@ def export(asked: ExportConfig) -> Exported:
     faults = file_faults(contents.path, contents.manifest, needed)
     if faults:
         raise DamagedError(f"{contents.path} is damaged", list(faults.values()))
-    check_hashes(contents.path, whole_reads(contents.manifest, [f"{asked.weights}.{name}" for name in weights]))
+    reads = whole_reads(contents.manifest, [f"{asked.weights}.{name}" for name in weights])
+    check_hashes(contents.path, contents.manifest, reads)
     metadata = _metadata(contents, asked)
     with opened(contents.path) as files:
         try:

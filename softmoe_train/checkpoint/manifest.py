@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -64,6 +64,9 @@ class StoredTensor(Record):
         return math.prod(chunk.sizes) * DTYPES[self.dtype].itemsize
 
 
+Stored = tuple[str, StoredTensor, StoredChunk]  # a chunk with its tensor and that tensor's name
+
+
 class Manifest(Record):
     """Every tensor of a checkpoint and every file (with its size in bytes); a valid one leaves no element uncovered."""
 
@@ -93,13 +96,32 @@ class Manifest(Record):
 
 
 class Mark(Record):
-    """The completion mark: the step, the number of ranks that wrote, and the hash of every JSON file beside it."""
+    """The completion mark: the step, the number of ranks that wrote, the hash of every JSON file beside it, and its own."""
 
-    version: Literal[1]
+    version: Literal[2]
     step: Count
     world: Annotated[int, Field(ge=1)]
     manifest: Sha256
     documents: dict[DocumentName, Sha256]
+    own: Sha256  # of all the above: nothing else speaks for the mark
+
+    @model_validator(mode="after")
+    def _is_its_own(self) -> "Mark":
+        if self.own != _own_hash(self.model_dump(exclude={"own"})):
+            raise ValueError("it is not what was written: it was changed")
+        return self
+
+
+def mark_of(step: int, world: int, manifest: bytes, documents: Mapping[str, bytes]) -> Mark:
+    """The mark of a step that `world` ranks saved, whose JSON files have these bytes."""
+    hashes = {name: hashlib.sha256(text).hexdigest() for name, text in documents.items()}
+    said = {"version": 2, "step": step, "world": world, "manifest": hashlib.sha256(manifest).hexdigest()}
+    said |= {"documents": hashes}
+    return Mark.model_validate({**said, "own": _own_hash(said)})
+
+
+def _own_hash(said: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def experts_of(name: str, box: Box) -> tuple[int, int] | None:
@@ -114,14 +136,14 @@ def described(name: str, chunk: StoredChunk) -> str:
     return name if chunk.experts is None else f"experts {chunk.experts[0]}..{chunk.experts[1] - 1} of {name}"
 
 
-def contents(manifest: Manifest, files: Collection[str]) -> dict[str, str]:
-    """What each of `files` holds, in words, tensor by tensor."""
-    held: dict[str, list[str]] = {file: [] for file in files}
+def held_in(manifest: Manifest, files: Collection[str]) -> dict[str, list[Stored]]:
+    """What each of `files` holds, tensor by tensor."""
+    held: dict[str, list[Stored]] = {file: [] for file in files}
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             if chunk.file in held:
-                held[chunk.file].append(described(name, chunk))
-    return {file: "; ".join(lines) for file, lines in held.items()}
+                held[chunk.file].append((name, tensor, chunk))
+    return held
 
 
 def to_json(value: JSON, name: str) -> bytes:
@@ -158,8 +180,10 @@ def _parse(kind: type[R], name: str, data: bytes) -> R:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        lines = [f"{name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
-        if any(e["loc"] == ("version",) for e in error.errors()):  # of a newer program perhaps, and whole
+        faults = error.errors(include_url=False)
+        lines = [": ".join([name, *filter(None, [".".join(map(str, e["loc"]))]), e["msg"]]) for e in faults]
+        kinds = {(e["loc"], e["type"]) for e in faults}
+        if (("version",), "literal_error") in kinds:  # of a newer program perhaps, and whole
             raise CheckpointError(f"{name} is of another version", lines) from error
         raise DamagedError(f"{name} is not sound", lines) from error
 

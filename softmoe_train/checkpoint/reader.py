@@ -1,8 +1,8 @@
 """This file owns loading: what a rank needs, whether it is all there, and then the copy into the rank's own tensors.
 
 Three stages, each finished on every rank before the next begins: coverage (nothing is opened but JSON), hashes (each
-chunk that a rank needs is read once through a buffer), copy (the needed rows are read again, now from the page cache,
-straight into the target). Two passes cost a second read but keep host memory at one buffer, and no target is touched
+chunk that a rank needs, and the header of its file, is read once through a buffer), copy (the needed rows are read
+again, now from the page cache, straight into the target). Two passes cost a second read but keep host memory at one buffer, and no target is touched
 before all that every rank needs is known to be good.
 """
 
@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.layout import Box, local_box, overlap, within
-from softmoe_train.checkpoint.manifest import DTYPES, Manifest, StoredChunk, StoredTensor, contents
-from softmoe_train.checkpoint.shards import chunk_fault, read_part
+from softmoe_train.checkpoint.manifest import DTYPES, Manifest, StoredChunk, StoredTensor, described, held_in
+from softmoe_train.checkpoint.shards import chunk_fault, header_fault, read_part
 
 
 class Read(NamedTuple):
@@ -81,13 +81,15 @@ def loaded(manifest: Manifest, prefix: str | tuple[str, ...], saved_by: int) -> 
     return Loaded(dict(Counter(name.partition(".")[0] for name in taken)), size, len(files), saved_by)
 
 
-def check_hashes(path: Path, reads: list[Read]) -> None:
-    """Read every chunk that `reads` need and compare its hash; raises DamagedError naming each that differs."""
+def check_hashes(path: Path, manifest: Manifest, reads: list[Read]) -> None:
+    """Read every chunk that `reads` need, and the headers of their files; raises DamagedError naming each that is not what was saved."""
     problems = []
+    held = held_in(manifest, {read.chunk.file for read in reads})
     for file, of_file in _by_file(reads):
         chunks = {read.chunk.start: read for read in of_file}
         with (path / file).open("rb") as handle:
-            faults = [chunk_fault(handle, read.name, read.tensor, read.chunk) for read in chunks.values()]
+            faults = [header_fault(handle, file, held[file])]
+            faults += [chunk_fault(handle, read.name, read.tensor, read.chunk) for read in chunks.values()]
         problems += [fault for fault in faults if fault]
     if problems:
         raise DamagedError(f"{path} is damaged", problems)
@@ -109,7 +111,10 @@ def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTe
 def file_faults(path: Path, manifest: Manifest, files: Iterable[str]) -> dict[str, str]:
     """The files that cannot hold what the manifest says of them, each with why and what is lost; opens nothing."""
     faults = {file: fault for file in sorted(files) if (fault := _size_fault(path / file, manifest.files[file]))}
-    return {file: f"{file} {faults[file]}; it holds {held}" for file, held in contents(manifest, faults).items()}
+    return {
+        file: f"{file} {faults[file]}; it holds {'; '.join(described(name, chunk) for name, _, chunk in held)}"
+        for file, held in held_in(manifest, faults).items()
+    }
 
 
 def _size_fault(path: Path, size: int) -> str | None:

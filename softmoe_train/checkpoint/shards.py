@@ -16,7 +16,7 @@ from xxhash import xxh3_128
 
 from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.layout import Box, within
-from softmoe_train.checkpoint.manifest import DTYPES, StoredChunk, StoredTensor, described, experts_of
+from softmoe_train.checkpoint.manifest import DTYPES, MANIFEST, Stored, StoredChunk, StoredTensor, described, experts_of
 
 BUFFER = 16 * 2**20  # bytes
 BLOCK = 2**20  # bytes that a processor's cache holds: they are looked at, hashed and written while they are there
@@ -123,26 +123,32 @@ def read_part(file: io.BufferedReader, tensor: StoredTensor, chunk: StoredChunk,
         target[first - rows.start : first - rows.start + count].copy_(block[(slice(None), *columns)])
 
 
-def read_header(path: Path) -> dict[str, dict]:
-    """The header of a safetensors file; raises ValueError where it is not one."""
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
-        if length > path.stat().st_size - 8:
-            raise ValueError(f"a header of {length} bytes does not fit the file")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ValueError("the header is not an object of objects")
-    return header
+def header_fault(file: io.BufferedReader, name: str, held: Sequence[Stored]) -> str | None:
+    """What is wrong with the header of the file `name` that holds `held`, or None.
+
+    The manifest decides every byte of a header, so no hash of it is kept: it is written again and compared.
+    """
+    shard = shard_layout([Part(tensor, chunk.box, DTYPES[stored.dtype]) for tensor, stored, chunk in held])
+    starts = {part.name: len(shard.header) + begin for part, begin in zip(shard.parts, shard.begins)}
+    file.seek(0)
+    there = file.read(len(shard.header))
+    if there == shard.header and all(chunk.start == starts[tensor] for tensor, _, chunk in held):
+        return None
+    entries, expected = _entries(there), _entries(shard.header) or {}
+    if entries is None:
+        return f"{name} is no safetensors file: its header cannot be read"
+    names = sorted(key for key in {*entries, *expected} if entries.get(key) != expected.get(key))
+    return f"{name}: its header and {MANIFEST} differ" + (f" in {', '.join(names)}" if names else "")
 
 
-def header_entry(tensor: StoredTensor, chunk: StoredChunk, data_start: int) -> dict[str, object]:
-    """What a file's header must say of a chunk, where the data begins at byte `data_start`."""
-    begin = chunk.start - data_start
-    return {
-        "dtype": NAMES[tensor.dtype],
-        "shape": list(chunk.sizes),
-        "data_offsets": [begin, begin + tensor.num_bytes(chunk)],
-    }
+def _entries(header: bytes) -> dict[str, object] | None:
+    """What a header says by name, None where it is none."""
+    try:
+        length = struct.unpack("<Q", header[:8])[0]
+        entries = json.loads(header[8:]) if length == len(header) - 8 else None
+    except ValueError:
+        return None
+    return entries if isinstance(entries, dict) else None
 
 
 def _header(parts: Sequence[Part], begins: Sequence[int]) -> bytes:

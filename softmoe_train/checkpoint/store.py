@@ -7,7 +7,6 @@ is written and flushed, then the documents and the manifest, then the mark; only
 The training waits for a copy into host memory and for the save before; all that touches the disk is in the background.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +44,7 @@ from softmoe_train.checkpoint.manifest import (
     MANIFEST,
     MARK,
     Manifest,
-    Mark,
+    mark_of,
     read_hashed,
     read_manifest,
     read_mark,
@@ -227,7 +226,7 @@ class CheckpointStore:
         mark = self._agree(what, lambda: read_mark(path))
         manifest = self._agree(what, lambda: read_manifest(path, mark))
         reads = self._agree(what, lambda: plan_reads(path, manifest, tensors, prefix))
-        self._agree(what, lambda: check_hashes(path, reads))
+        self._agree(what, lambda: check_hashes(path, manifest, reads))
         self._agree(
             f"{path} failed while it was loaded: the state is undefined", lambda: copy_reads(path, reads, tensors)
         )
@@ -291,9 +290,7 @@ class CheckpointStore:
             write_flushed(path / f"{name}.json", text)
         text = manifest.model_dump_json().encode()
         write_flushed(path / MANIFEST, text)
-        hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
-        sha256 = hashlib.sha256(text).hexdigest()
-        mark = Mark(version=1, step=step_of(path), world=self.world, manifest=sha256, documents=hashes)
+        mark = mark_of(step_of(path), self.world, text, texts)
         write_whole(path / MARK, mark.model_dump_json(indent=1).encode())
 
     def _retain(self, best: int | None) -> None:

@@ -6,14 +6,15 @@ from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.manifest import (
     MANIFEST,
     MARK,
-    Manifest,
     Mark,
+    Stored,
+    held_in,
     read_hashed,
     read_manifest,
     read_mark,
 )
 from softmoe_train.checkpoint.reader import file_faults
-from softmoe_train.checkpoint.shards import chunk_fault, header_entry, read_header
+from softmoe_train.checkpoint.shards import chunk_fault, header_fault
 
 
 def verify(path: Path) -> list[str]:
@@ -29,8 +30,8 @@ def verify(path: Path) -> list[str]:
         return problems + error.problems
     broken = file_faults(path, manifest, manifest.files)
     problems += broken.values()
-    for file in sorted(manifest.files.keys() - broken.keys()):
-        problems += _shard_faults(path, manifest, file)
+    for file, held in held_in(manifest, sorted(manifest.files.keys() - broken.keys())).items():
+        problems += _shard_faults(path, file, held)
     known = {MARK, MANIFEST, *manifest.files, *(f"{name}.json" for name in mark.documents)}
     return problems + [f"{p.name} does not belong here" for p in sorted(path.iterdir()) if p.name not in known]
 
@@ -45,23 +46,8 @@ def _document_faults(path: Path, mark: Mark) -> list[str]:
     return faults
 
 
-def _shard_faults(path: Path, manifest: Manifest, file: str) -> list[str]:
-    held = [
-        (name, tensor, chunk)
-        for name, tensor in manifest.tensors.items()
-        for chunk in tensor.chunks
-        if chunk.file == file
-    ]
+def _shard_faults(path: Path, file: str, held: list[Stored]) -> list[str]:
     with (path / file).open("rb") as handle:
-        faults = [chunk_fault(handle, name, tensor, chunk) for name, tensor, chunk in held]
-    try:
-        header = read_header(path / file)
-    except ValueError as error:
-        return [*(fault for fault in faults if fault), f"{file} is no safetensors file: {error}"]
-    header.pop("__metadata__", None)
-    data_start = min(chunk.start for _, _, chunk in held)
-    expected = {name: header_entry(tensor, chunk, data_start) for name, tensor, chunk in held}
-    if header != expected:
-        names = sorted(name for name in {*header, *expected} if header.get(name) != expected.get(name))
-        faults.append(f"{file}: its header and {MANIFEST} differ in {', '.join(names)}")
+        faults = [chunk_fault(handle, *stored) for stored in held]
+        faults.append(header_fault(handle, file, held))
     return [fault for fault in faults if fault]

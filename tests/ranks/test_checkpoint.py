@@ -215,7 +215,7 @@ def test_files_of_two_ranks_that_were_swapped_are_refused_by_name(
     target = torch.zeros(E, D, H)
     with pytest.raises(CheckpointError) as error:
         store_at(str(tmp_path), 0, 1).load(path, {EXPERTS: target})
-    assert [line.split(":")[0] for line in error.value.problems] == [first.name, second.name]
+    assert list(dict.fromkeys(line.split(":")[0] for line in error.value.problems)) == [first.name, second.name]
     assert not target.any()
     assert len([line for line in verify(path) if "hash differs" in line]) == 2
 

@@ -52,6 +52,7 @@ CASES = [
 ]
 
 
+@cache
 def pairs(case: Case) -> set[tuple[tuple[int, Any], ...]]:
     return set(combinations(enumerate(case), 2))
 

@@ -1,15 +1,11 @@
-"""A run that is stopped, killed or moved to another layout goes on as if nothing had happened."""
+"""A run that is stopped or moved to another layout goes on as if nothing had happened."""
 
-import json
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import alive, children_of, command, environment, metrics, same_bits, softmoe, stored, with_digits
+from tests.runs import metrics, same_bits, softmoe, stored, with_digits
 
 # Digits with random crops and a decode worker: order, augmentation and optimizer state all matter.
 DATA = [
@@ -88,34 +84,6 @@ def compare(whole: Path, other: Path, what: str) -> None:
     worst = max(abs(want[step] - got[step]) for step in range(11, 21))
     print(f"| {what} | {worst:.1e} |")
     assert worst < 1e-5
-
-
-def test_a_run_killed_between_checkpoints_goes_on_as_if_it_had_not_been(folder: Path, whole: Path) -> None:
-    layout = ["run_dir=killed", "processes=2", "parallel.expert_axis=2"]
-    launcher = subprocess.Popen(
-        command(*DATA, *layout), cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert launcher.stdout is not None
-    for line in launcher.stdout:
-        if line.split()[:2] == ["step", "13/20"]:
-            break
-    ranks = children_of(launcher.pid)
-    assert len(ranks) == 2
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in ranks):
-        assert time.monotonic() < deadline, "workers outlived their launcher"
-        time.sleep(0.05)
-    killed = go(folder, "killed", 2, 2)
-    assert metrics(killed, "train/loss") == metrics(whole, "train/loss")
-    assert same_bits(stored(killed, 20), stored(whole, 20))
-    history = json.loads((killed / "summary.json").read_text())["history"]
-    first, second = history["processes"]
-    assert (first["ended"], history["interruptions"], history["starts"]) == ("killed", {"killed": 1}, 2)
-    assert (second["from_step"], second["to_step"], second["ended"]) == (10, 20, "complete")
-    assert first["to_step"] >= 13, "the last step that it reported"
-    assert history["lost_steps"] == first["to_step"] - 10
 
 
 def test_a_finished_run_says_so_and_changes_nothing(folder: Path, whole: Path) -> None:

@@ -1,6 +1,5 @@
 """This file owns a checkpoint as several ranks would have cut it, written by one process."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softmoe_train.checkpoint.layout import Box
-from softmoe_train.checkpoint.manifest import Manifest, Mark, StoredTensor
+from softmoe_train.checkpoint.manifest import Manifest, StoredTensor, mark_of
 from softmoe_train.checkpoint.shards import Part, shard_layout, write_shard
 
 
@@ -39,15 +38,10 @@ def save_cut(folder: Path, step: int, tensors: dict[str, Tensor], documents: dic
         for name, t in tensors.items()
     }
     texts = {name: json.dumps(document).encode() for name, document in documents.items()}
-    texts_and_manifest = {
-        **texts,
-        "manifest": Manifest(version=2, files=sizes, tensors=stored).model_dump_json().encode(),
-    }
-    hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts_and_manifest.items()}
-    for name, text in texts_and_manifest.items():
+    manifest = Manifest(version=2, files=sizes, tensors=stored).model_dump_json().encode()
+    for name, text in {**texts, "manifest": manifest}.items():
         (path / f"{name}.json").write_bytes(text)
-    mark = Mark(version=1, step=step, world=files, manifest=hashes.pop("manifest"), documents=hashes)
-    (path / "COMPLETE.json").write_text(mark.model_dump_json())
+    (path / "COMPLETE.json").write_text(mark_of(step, files, manifest, texts).model_dump_json(indent=1))
     return path
 
 

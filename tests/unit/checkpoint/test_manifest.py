@@ -87,6 +87,6 @@ def test_a_manifest_that_breaks_a_rule_is_refused(path: tuple[Any, ...], value: 
 
 @pytest.mark.parametrize("name", ["../config", "a/b", "Config", "", "con fig"])
 def test_a_mark_cannot_name_a_document_outside_the_folder(name: str) -> None:
-    mark = {"version": 1, "step": 1, "world": 1, "manifest": SHA, "documents": {name: SHA}}
+    mark = {"version": 2, "step": 1, "world": 1, "manifest": SHA, "documents": {name: SHA}, "own": SHA}
     with pytest.raises(ValidationError, match="pattern"):
         Mark.model_validate_json(json.dumps(mark))

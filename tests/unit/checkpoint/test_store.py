@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_no_damage(saved: Path) -> None:
 
 def test_a_checkpoint_of_another_version_is_no_damage(saved: Path) -> None:
     mark = json.loads((saved / "COMPLETE.json").read_text())
-    (saved / "COMPLETE.json").write_text(json.dumps({**mark, "version": 2}))
+    (saved / "COMPLETE.json").write_text(json.dumps({**mark, "version": 3}))
     with pytest.raises(CheckpointError, match="version") as error:
         store_in(saved.parent).load(saved, blank(truth()))
     assert not isinstance(error.value, DamagedError)

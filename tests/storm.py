@@ -1,0 +1,155 @@
+"""This file owns the storm: a run on two ranks that is killed with SIGKILL again and again must end as if it had never been.
+
+    python -m tests.storm kills=50 seed=0 steps=300 out=storm.json
+
+Real shards, real processes, real kills: of the launcher, of a rank, or of all, at instants drawn from the seed. Each kill is a line that
+tells what lay on the disk. One counts as in the middle of a save where, in a step folder newer than every complete one, bytes of
+this life's tensors lay there at the instant of the kill, and no completion mark was there after the last process had ended.
+"""
+
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.life import EVERY, Life
+from tests.runs import with_digits
+from tests.same_run import compared
+
+When = Literal["starting", "training", "saving"]
+WHOM = ("launcher", "rank 0", "rank 1", "all")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When and whom: `after` steps of this life, `seconds` later; or `seconds` after its start; or as a save's first bytes appear."""
+
+    number: int
+    when: When
+    whom: str
+    after: int
+    seconds: float
+    workers: int  # decode processes a rank, which may change from life to life
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a kill left: the step that rank 0 had taken last, the newest complete checkpoint (0 for none), and an unfinished save."""
+
+    lived: float  # seconds
+    taken: int  # 0 where this life took none
+    complete: int
+    unfinished: dict[str, int]  # bytes by file, at the instant of the kill
+    mid_save: bool
+
+
+def drawn(kills: int, steps: int, seed: int) -> list[Kill]:
+    """Kills spread over a run of `steps`; of ten, six wait for a save, three come in the training at large, one during the start."""
+    draw = random.Random(seed)
+    ten: list[When] = [
+        "saving",
+        "training",
+        "saving",
+        "saving",
+        "training",
+        "saving",
+        "starting",
+        "saving",
+        "training",
+        "saving",
+    ]
+    whens: list[When] = [ten[i % 10] for i in range(kills)]
+    draw.shuffle(whens)
+    most = max(EVERY, 2 * steps // kills)
+    seconds: dict[When, float] = {"starting": 8.0, "training": 0.1, "saving": 0.03}
+    return [
+        Kill(
+            number, when, draw.choice(WHOM), draw.randint(0, most), draw.uniform(0, seconds[when]), draw.choice((0, 1))
+        )
+        for number, when in enumerate(whens, 1)
+    ]
+
+
+def killed(life: Life, kill: Kill) -> Found | None:
+    """Carry out a kill and look at what it left; None where the run had ended before."""
+    if kill.when == "starting":
+        life.until(lambda: time.monotonic() - life.began > kill.seconds, 0.01)
+    else:
+        life.until(lambda: len(life.taken()) > kill.after, 0.004)
+        if kill.when == "saving":
+            life.until(life.unfinished, 0.001)
+        time.sleep(kill.seconds)
+    if life.launcher.poll() is not None:
+        return None
+    before, lived = life.unfinished(), time.monotonic() - life.began
+    life.end(life.send(signal.SIGKILL, kill.whom))
+    after = life.unfinished()
+    mid_save, taken = any(file in after for file in before), max(life.taken(), default=0)
+    return Found(round(lived, 3), taken, life.complete(), before, mid_save)
+
+
+def told(kill: Kill, found: Found) -> str:
+    """A kill in a line."""
+    half = "; ".join(f"{file} {size:,} bytes" for file, size in sorted(found.unfinished.items()))
+    return (
+        f"kill {kill.number:>2}  {kill.when:<8}  SIGKILL to {kill.whom:<8}  {found.lived:6.2f} s after its start, {found.taken:>3} steps taken, "
+        f"complete: {found.complete:>3}, without a mark: {half or 'nothing'}{'  MID-SAVE' if found.mid_save else ''}"
+    )
+
+
+def storm(
+    folder: Path, *more: str, kills: int, steps: int, seed: int, say: Callable[[str], None], slow_disk: float = 0.0
+) -> dict[str, Any]:
+    """Run once without interruption and once through all kills, in a folder with the digits' shards; what was found and what is equal."""
+    began = time.monotonic()
+    whole = Life(folder, "whole", steps, *more)
+    assert whole.end({}) == 0, whole.said()
+    say(f"the uninterrupted run took {steps} steps in {time.monotonic() - began:.1f} s")
+    rows, complete = [], 0
+    for kill in drawn(kills, steps, seed):
+        life = Life(folder, "stormy", steps, *more, f"data.workers={kill.workers}", slow_disk=slow_disk)
+        found = killed(life, kill)
+        assert found is not None, f"the run ended before kill {kill.number}: ask for more steps\n{life.said()}"
+        life.check_start(complete)
+        complete = found.complete
+        rows.append({**asdict(kill), **asdict(found)})
+        say(told(kill, found))
+    last = Life(folder, "stormy", steps, *more)
+    assert last.end({}) == 0, last.said()
+    last.check_start(complete)
+    mid_saves, seconds = sum(row["mid_save"] for row in rows), round(time.monotonic() - began)
+    return {"kills": rows, "mid_saves": mid_saves, "seconds": seconds, "equal": compared(folder, "stormy", steps)}
+
+
+def main(words: list[str]) -> int:
+    """The storm as a program; 0 where all is equal and at least two kills in five were in the middle of a save."""
+    options = {"kills": "50", "steps": "300", "seed": "0", "out": "", **dict(word.split("=", 1) for word in words)}
+    kills = int(options["kills"])
+    folder = with_digits(Path(tempfile.mkdtemp(prefix="storm_")))
+    try:
+        found = storm(folder, kills=kills, steps=int(options["steps"]), seed=int(options["seed"]), say=say)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if options["out"]:
+        Path(options["out"]).write_text(json.dumps(found, indent=1))
+    counts = f"{kills} kills, {found['mid_saves']} of them in the middle of a save, {found['seconds']} s"
+    say(f"{counts}; equal to the uninterrupted run:")
+    for what, same in found["equal"].items():
+        say(f"  {what:<26} {'yes' if same else 'NO'}")
+    return 0 if all(found["equal"].values()) and found["mid_saves"] >= 2 * kills // 5 else 1
+
+
+def say(line: str) -> None:
+    """A line that is seen at once."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
