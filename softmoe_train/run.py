@@ -6,13 +6,13 @@ Read this file first, then loop.py, then model/moe.py.
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from softmoe_train.checkpoint import CheckpointError, DamagedError
 from softmoe_train.checkpoint.reader import Loaded
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
@@ -166,7 +166,7 @@ def _evaluators(config: RunConfig, world: World) -> dict[str, Evaluator]:
 
 def _store(config: RunConfig, world: World) -> CheckpointStore:
     return CheckpointStore(
-        config.folder / "checkpoints",
+        config.checkpoints,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         rank=world.rank,
@@ -212,7 +212,7 @@ def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream
     return None
 
 
-def _restore(path: Path, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed:
+def _restore(path: Place, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed:
     """Fill `state` from the checkpoint `path`; what is damaged raises DamagedError before a weight is touched."""
     documents = store.read_documents(path)
     if documents["stream"] != stream.fingerprint() and not config.allow_changes:

@@ -9,7 +9,6 @@ before all that every rank needs is known to be good.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.layout import Box, local_box, overlap, within
 from softmoe_train.checkpoint.manifest import DTYPES, Manifest, StoredChunk, StoredTensor, contents
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.shards import chunk_fault, read_part
 
 
@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
 
 
 def plan_reads(
-    path: Path, manifest: Manifest, tensors: Mapping[str, Tensor | DTensor], prefix: str | tuple[str, ...]
+    path: Place, manifest: Manifest, tensors: Mapping[str, Tensor | DTensor], prefix: str | tuple[str, ...]
 ) -> list[Read]:
     """What this rank must read to fill `tensors`, file by file.
 
@@ -80,7 +80,7 @@ def loaded(manifest: Manifest, prefix: str | tuple[str, ...], saved_by: int, loa
     return Loaded(len(taken), size, len(files), saved_by, loaded_by)
 
 
-def check_hashes(path: Path, reads: list[Read]) -> None:
+def check_hashes(path: Place, reads: list[Read]) -> None:
     """Read every chunk that `reads` need and compare its hash; raises DamagedError naming each that differs."""
     problems = []
     for file, of_file in _by_file(reads):
@@ -92,7 +92,7 @@ def check_hashes(path: Path, reads: list[Read]) -> None:
         raise DamagedError(f"{path} is damaged", problems)
 
 
-def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTensor]) -> None:
+def copy_reads(path: Place, reads: list[Read], tensors: Mapping[str, Tensor | DTensor]) -> None:
     """Fill `tensors` in place from checked files."""
     with torch.no_grad():
         for file, of_file in _by_file(reads):
@@ -105,13 +105,13 @@ def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTe
                     read_part(handle, read.tensor, read.chunk, read.part, target)
 
 
-def file_faults(path: Path, manifest: Manifest, files: Iterable[str]) -> dict[str, str]:
+def file_faults(path: Place, manifest: Manifest, files: Iterable[str]) -> dict[str, str]:
     """The files that cannot hold what the manifest says of them, each with why and what is lost; opens nothing."""
     faults = {file: fault for file in sorted(files) if (fault := _size_fault(path / file, manifest.files[file]))}
     return {file: f"{file} {faults[file]}; it holds {held}" for file, held in contents(manifest, faults).items()}
 
 
-def _size_fault(path: Path, size: int) -> str | None:
+def _size_fault(path: Place, size: int) -> str | None:
     if path.is_symlink() or not path.is_file():
         return "is missing"
     held = path.stat().st_size

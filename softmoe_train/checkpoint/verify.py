@@ -1,7 +1,5 @@
 """This file owns the full check of a checkpoint folder, for whoever asks whether it can be trusted."""
 
-from pathlib import Path
-
 from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.manifest import (
     MANIFEST,
@@ -13,10 +11,11 @@ from softmoe_train.checkpoint.manifest import (
     read_mark,
 )
 from softmoe_train.checkpoint.reader import file_faults
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.shards import chunk_fault, header_entry, read_header
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Place) -> list[str]:
     """Every problem of the checkpoint `path` by name, or an empty list: documents, coverage, files, headers, hashes."""
     try:
         mark = read_mark(path)
@@ -35,7 +34,7 @@ def verify(path: Path) -> list[str]:
     return problems + [f"{p.name} does not belong here" for p in sorted(path.iterdir()) if p.name not in known]
 
 
-def _document_faults(path: Path, mark: Mark) -> list[str]:
+def _document_faults(path: Place, mark: Mark) -> list[str]:
     faults = []
     for name, sha256 in mark.documents.items():
         try:
@@ -45,7 +44,7 @@ def _document_faults(path: Path, mark: Mark) -> list[str]:
     return faults
 
 
-def _shard_faults(path: Path, manifest: Manifest, file: str) -> list[str]:
+def _shard_faults(path: Place, manifest: Manifest, file: str) -> list[str]:
     held = [
         (name, tensor, chunk)
         for name, tensor in manifest.tensors.items()
