@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.best import metric_of
 from softmoe_train.checkpoint.folder import checkpoints_of, step_folders, step_of
-from softmoe_train.checkpoint.remote import Place, RemotePath, place_of
+from softmoe_train.checkpoint.remote import Place, RemotePath, driver_problem, place_of
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record, flat
 from softmoe_train.data import DataConfig, check_data
@@ -245,6 +245,9 @@ def _resume_problems(config: RunConfig) -> list[str]:
     """What in the newest checkpoint that can be read does not go with these settings, or why none is found that there is."""
     where = _where(config)
     another = f"give another {where.partition('=')[0]}"
+    driver = driver_problem(str(config.checkpoints))
+    if driver is not None:
+        return [f"{where}: {driver}"]
     try:
         path, saved = _newest_config(config.checkpoints)
         if path is None:

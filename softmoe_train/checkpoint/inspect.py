@@ -9,7 +9,7 @@ from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.difference import Difference, difference
 from softmoe_train.checkpoint.folder import checkpoint_at
 from softmoe_train.checkpoint.manifest import DTYPES, JSON, Manifest, Mark, StoredTensor, read_manifest, read_mark
-from softmoe_train.checkpoint.remote import Place, place_of, place_problem
+from softmoe_train.checkpoint.remote import Place, driver_problem, place_of, place_problem
 from softmoe_train.checkpoint.store import read_documents
 from softmoe_train.checkpoint.verify import verify
 from softmoe_train.config import JsonOut, Record
@@ -52,7 +52,7 @@ class InspectConfig(OfCheckpoint):
 
 def found(key: str, folder: str) -> str:
     """The folder or URL as given; raises ValueError that names `key` where it holds no complete checkpoint."""
-    problem = place_problem(folder)
+    problem = place_problem(folder) or driver_problem(folder)
     if problem is not None:
         raise ValueError(f"{key}={without_secrets(folder)}: {problem}")
     try:

@@ -172,16 +172,13 @@ def place_of(text: str) -> Place:
 
 
 def place_problem(text: str) -> str | None:
-    """Why checkpoints cannot be at this path or URL, with the remedy; asks no server."""
+    """Why no checkpoints can be at this path or URL, whatever the machine, with the remedy."""
     found = URL.fullmatch(text)
-    if not text:
-        return "it is empty; give a folder or a URL"
+    if found is not None and found["slashes"] == "/" and found["kind"] in fsspec.available_protocols():
+        # What `Path` makes of a URL; as a path it would be a folder here.
+        return f"a URL has two slashes; write {found['kind']}://{found['rest']}"
     if "://" not in text:
-        # `Path` makes s3:/bucket of a URL, and would make such a folder here.
-        meant = found is not None and found["slashes"] == "/" and found["kind"] in fsspec.available_protocols()
-        return (
-            f"a URL has two slashes; write {found['kind']}://{found['rest']}" if found is not None and meant else None
-        )
+        return None if text else "it is empty; give a folder or a URL"
     if found is None or found["slashes"] != "//":
         return "it is no URL of one store; write it as s3://BUCKET/FOLDER"
     kind, rest = found["kind"], found["rest"]
@@ -193,6 +190,14 @@ def place_problem(text: str) -> str | None:
         return f"it names no bucket; write {kind}://BUCKET/FOLDER"
     if kind in ("file", "local", "memory"):
         return f"{kind}:// is no object store; give a path, as in {rest if kind != 'memory' else 'runs/mine'}"
+    return None
+
+
+def driver_problem(text: str) -> str | None:
+    """Why this machine cannot use a path or URL that `place_problem` found sound; asks no server."""
+    if "://" not in text:
+        return None
+    kind = text.partition("://")[0]
     try:
         fsspec.get_filesystem_class(kind)
     except ImportError as error:

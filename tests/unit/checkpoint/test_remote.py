@@ -12,7 +12,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
 from softmoe_train.checkpoint import CheckpointError, CheckpointStore, verify
-from softmoe_train.checkpoint.remote import RemotePath, place_of, place_problem
+from softmoe_train.checkpoint.folder import step_folders
+from softmoe_train.checkpoint.remote import RemotePath, driver_problem, place_of, place_problem
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.commands.main import main
 from softmoe_train.config import ConfigError, compose, save_yaml
@@ -51,6 +52,15 @@ def loaded(store: CheckpointStore) -> float:
     store.load(path, tensors)
     (value,) = {store.read_documents(path)["loop"], *(tensor.unique().item() for tensor in tensors.values())}
     return value
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """A method that fails so."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fails
 
 
 def names_in(folder: RemotePath) -> list[str]:
@@ -98,6 +108,7 @@ def test_a_save_cut_off_at_any_change_in_the_store_leaves_a_whole_checkpoint_and
         except Killed:
             killed = True
         kill_at = -1
+        assert [verify(path) for path in step_folders(bucket, complete=True) if verify(path)] == []
         seen.append(loaded(store_in(bucket)))
         store_in(bucket).save(3, state(3.0), {"loop": 3.0})
         assert (loaded(store_in(bucket)), names_in(bucket)) == (3.0, ["step_00000003"])
@@ -112,15 +123,15 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(bucket: RemotePath, mo
     store, warnings = store_in(bucket), []
     store.save(1, state(1.0), {})
 
-    def fails(self: MemoryFileSystem, path: str, **_: Any) -> None:
-        raise ConnectionError(f"cannot reach https://host/{path}?sig=hidden")
-
-    with monkeypatch.context() as broken:
-        for name in ("info", "ls"):
+    fails = raising(ConnectionError("cannot reach https://host/bucket?sig=hidden"))
+    for name in ("info", "ls"):
+        with monkeypatch.context() as broken:
             broken.setattr(MemoryFileSystem, name, fails)
-        with pytest.raises(CheckpointError, match="memory://bucket/run: ConnectionError: cannot reach") as error:
-            store.latest()
+            with pytest.raises(CheckpointError, match=r"memory://bucket/run.*: ConnectionError: cannot reach") as error:
+                store.latest()
         assert "hidden" not in str(error.value)
+    with monkeypatch.context() as broken:
+        broken.setattr(MemoryFileSystem, "ls", fails)
         saver = Saver(store, max_failures=3, warn=warnings.append)
         saver.begin(2, state(2.0), {}, None)
         saver.settle(None)
@@ -174,10 +185,7 @@ def test_the_run_that_started_last_has_the_folder_and_the_other_is_told(bucket: 
 def test_a_store_that_takes_nothing_is_told_before_the_first_step(
     bucket: RemotePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: MemoryFileSystem, path: str, *_: Any, **__: Any) -> None:
-        raise PermissionError("Access Denied")
-
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", fails)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", raising(PermissionError("Access Denied")))
     with pytest.raises(
         CheckpointError, match=r"no checkpoint can be saved:\n.*OWNER.json: PermissionError: Access Denied"
     ):
@@ -233,7 +241,7 @@ def test_inspect_and_export_read_a_url_and_a_run_folder_that_names_one(
     ],
 )
 def test_what_is_no_place_for_checkpoints_is_told_with_the_remedy(text: str, words: str | None) -> None:
-    problem = place_problem(text)
+    problem = place_problem(text) or driver_problem(text)
     assert (problem is None) if words is None else (problem is not None and words in problem), problem
     assert "secret" not in (problem or "")
 
@@ -248,6 +256,22 @@ def refusal(*overrides: str) -> str:
         compose(RunConfig, ["recipe=debug", *overrides], lambda config: check(config, 1, 1))
     (problem,) = error.value.problems
     return problem
+
+
+def test_a_store_that_cannot_be_used_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (f"run_dir={tmp_path}/run", f"checkpoint.folder=elsewhere://{tmp_path}/far")
+    with monkeypatch.context() as absent:
+        absent.setattr(elsewhere.Elsewhere, "info", raising(FileNotFoundError("404")))
+        assert refusal(*given).endswith("the store says that there is no such bucket; make it, or check the name")
+    with monkeypatch.context() as away:
+        away.setattr(elsewhere.Elsewhere, "ls", raising(ConnectionError("no route")))
+        assert "cannot be read: elsewhere://" in refusal(*given)
+        assert "ConnectionError: no route; mend that, or give another checkpoint.folder" in refusal(*given)
+    with monkeypatch.context() as bare:
+        bare.setattr("fsspec.get_filesystem_class", raising(ImportError("Install s3fs to access S3")))
+        assert refusal(*given).endswith("elsewhere:// has no driver here: Install s3fs to access S3")
 
 
 def test_a_run_does_not_take_another_s_checkpoints_nor_lose_its_own(tmp_path: Path) -> None:
