@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -172,7 +173,7 @@ def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         problems = [f"{o}: Hydra's own settings do nothing here; leave it out" for o in overrides if HYDRA.match(o)]
         overrides = [o for o in overrides if not HYDRA.match(o)]
-        if _error(overrides) is None:
+        with suppress(HydraException, OmegaConfBaseException):
             return _resolved(overrides), problems
         good: list[str] = []
         for override in sorted(overrides, key=lambda o: not _chooses_group(o)):

@@ -24,6 +24,7 @@ class World(NamedTuple):
     size: int
     local_rank: int
     local_size: int
+    store: dist.Store | None = None  # where these ranks have met, and nobody before them; None: as the environment says
 
     @property
     def main(self) -> bool:
@@ -34,7 +35,8 @@ class World(NamedTuple):
 def world_of(environ: dict[str, str] | os._Environ[str]) -> World:
     """The rank facts that a launcher left in the environment; a process alone is rank 0 of 1."""
     numbers = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    return World(*(int(environ.get(key, alone)) for key, alone in numbers))
+    rank, size, local_rank, local_size = (int(environ.get(key, alone)) for key, alone in numbers)
+    return World(rank, size, local_rank, local_size)
 
 
 def pick_device(kind: str, local_rank: int) -> torch.device:
@@ -72,7 +74,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+        dist.init_process_group(backend, store=world.store, rank=world.rank, world_size=world.size)
     failed = True
     try:
         yield
@@ -96,6 +98,39 @@ def wait_for_all(group: ControlGroup) -> None:
     """Hold the ranks of a control group until all are here, for as long as its own timeout allows."""
     if group is not None:
         dist.barrier(group)
+
+
+def lengthen_timeouts(seconds: float) -> None:
+    """Have every process group made so far wait this long in a collective; NCCL would for 10 minutes, Gloo for 30."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+class Board:
+    """Lines of text that ranks leave for each other beside their process groups, in the store by which they met.
+
+    torchrun and our launcher hold that store in a process of their own; under plain srun it is a thread of rank 0. No call waits
+    for another rank, but each would wait for ever for a store whose process is stopped.
+    """
+
+    def __init__(self, name: str) -> None:
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.holder = "the launcher on the first host" if agents else "rank 0"
+        # A connection of its own: the groups' is locked while one of them waits.
+        self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def put(self, key: str, line: str) -> None:
+        """Add a line under `key`."""
+        self._store.append(key, f"{line}\n")  # pyright: ignore[reportAttributeAccessIssue]
+        self._store.add(f"{key}/count", 1)
+
+    def count(self, key: str) -> int:
+        """How many lines there are under `key`."""
+        return self._store.add(f"{key}/count", 0)
+
+    def lines(self, key: str) -> list[str]:
+        """All lines under `key`."""
+        return self._store.get(key).decode().splitlines() if self.count(key) else []
 
 
 class PendingMax:

@@ -4,7 +4,7 @@ Nothing in a step waits for the device: reports hold tensors, which are read onl
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -15,19 +15,15 @@ from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.best import Best, best_of
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.data.batch import Batch, Cursor, ImageStream
-from softmoe_train.dist import gather_over_world, sum_over_world
+from softmoe_train.dist import sum_over_world
 from softmoe_train.engine.protocol import Engine, GradStats
+from softmoe_train.faults.bad_batches import BadBatches
+from softmoe_train.faults.bad_steps import NONE_YET, BadData, BadSteps, BadStepsConfig, may_stand, past
+from softmoe_train.faults.step_watch import StepWatch
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter
 
 logger = logging.getLogger(__name__)
-
-MOST_SKIPPED = 10  # updates in a row
-REMEDY = "Lower schedule.peak or set optim.clip_norm (either with allow_changes=true), or look at the data"
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss was not finite; every rank raises it, naming the step and the ranks."""
 
 
 @dataclass
@@ -39,9 +35,10 @@ class TrainState:
     images_seen: int
     cursor: Cursor
     wandb_id: str
-    skipped_updates: int = 0  # no-ops for a loss or gradient that was not finite, as of the last report
+    skipped_updates: int = 0  # no-ops for a loss or gradient that was not finite, as of the last look at them
     broken_samples: int = 0  # replaced while training, over all ranks, as of the last report
     best: Best | None = None  # the checkpoint that is kept for its value
+    bad_steps: BadSteps = NONE_YET  # the data that is passed over, and what the next bad step is judged by
 
     def loop_document(self) -> dict[str, Any]:
         """The part that is not tensors, as JSON."""
@@ -53,13 +50,15 @@ class TrainState:
             "skipped_updates": self.skipped_updates,
             "broken_samples": self.broken_samples,
             "best": None if self.best is None else self.best.to_json(),
+            "bad_steps": self.bad_steps.model_dump(),
         }
 
     def restore(self, document: object) -> None:
         """Take over what `loop_document` wrote; raises CheckpointError for anything else."""
         expected = self.loop_document()
-        # A checkpoint from before there was a best lacks that key alone.
-        saved: dict[str, Any] = {"best": None, **document} if isinstance(document, dict) else {}
+        # A checkpoint from before there was a best, or before bad steps were told apart, lacks those keys alone.
+        added = {"best": None, "bad_steps": NONE_YET.model_dump()}
+        saved: dict[str, Any] = {**added, **document} if isinstance(document, dict) else {}
         if set(saved) != set(expected):
             keys = f"it holds {', '.join(saved) or 'nothing'}; this version reads {', '.join(expected)}"
             raise CheckpointError("the saved loop state is of another version", [keys])
@@ -70,6 +69,10 @@ class TrainState:
         self.skipped_updates = int(saved["skipped_updates"])
         self.broken_samples = int(saved["broken_samples"])
         self.best = Best.from_json(saved["best"])
+        try:
+            self.bad_steps = BadSteps.model_validate(saved["bad_steps"])
+        except ValueError as error:
+            raise CheckpointError("not a record of bad steps", [f"bad_steps: {saved['bad_steps']}"]) from error
 
 
 class Evaluator(Protocol):
@@ -101,6 +104,8 @@ class Plan:
     report_every: int
     save_every: int  # 0 saves only where the run ends
     best: str | None  # "highest METRIC" or "lowest METRIC", of what evaluators measure: that checkpoint is kept
+    bad_steps: BadStepsConfig
+    bad_batches: BadBatches | None  # where bad steps are written down; None on all ranks but the first
     documents: Mapping[str, Any]  # saved beside the loop state: the resolved run, the stream's fingerprint
 
     @property
@@ -114,39 +119,6 @@ class StepReport(NamedTuple):
 
     loss: Tensor  # this rank's share of the mean loss of the global batch
     grads: GradStats
-
-
-class FiniteWatch:
-    """Remembers, on the device, the first step at which this rank's loss was not finite, and how many updates were no-ops."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.first = torch.tensor(-1, device=device)
-        self.skipped = torch.tensor(0.0, device=device)  # since the last report
-        self.streak = torch.tensor(0.0, device=device)  # the latest ones, without a good one between
-
-    def see(self, step: int, report: "StepReport") -> None:
-        """Look at one step without reading it."""
-        self.first = torch.where((self.first < 0) & ~report.loss.isfinite(), step, self.first)
-        self.skipped = self.skipped + report.grads.skipped
-        self.streak = (self.streak + 1) * report.grads.skipped
-
-    def check(self, step: int) -> None:
-        """Raise NonFiniteLossError on every rank if any loss was not finite, or if nothing has been learned for a while.
-
-        The updates in question were no-ops and nothing is saved without this check: weights and checkpoints are intact.
-        """
-        firsts = gather_over_world(self.first).tolist()
-        bad = [first for first in firsts if first >= 0]
-        if bad:
-            ranks = [rank for rank, first in enumerate(firsts) if first == min(bad)]
-            raise NonFiniteLossError(
-                f"the loss was not finite at step {min(bad)} on rank {', '.join(map(str, ranks))}; that update "
-                f"was a no-op, and no checkpoint was made since. {REMEDY}"
-            )
-        if self.streak.item() >= MOST_SKIPPED:
-            raise NonFiniteLossError(
-                f"the gradient norm was not finite in the last {self.streak.item():.0f} steps, up to {step}: no update was made. {REMEDY}"
-            )
 
 
 def train_step(engine: Engine, batch: Batch, lr: float, micro_batches: int) -> StepReport:
@@ -164,47 +136,55 @@ def fit(
     saver: Saver,
     log: SilentLog,
     stop: StopRequest,
-) -> str:
-    """Train from `state` to the plan's last step; returns why it ended: "complete", "stopped", or what `stop` says."""
+) -> str | BadData:
+    """Train from `state` to the plan's last step; returns why it ended: "complete", "stopped", or what `stop` says.
+
+    Or it returns the bad data to pass over: the caller goes back to a state from before it, and calls again.
+    """
+    if state.step == 0 and plan.bad_steps.then == "rollback":
+        _save(state, plan, saver.begin)  # or there is nothing to go back to, until the first checkpoint
     device = state.engine.device
-    meter, watch = Meter(device), FiniteWatch(device)
+    meter, watch = Meter(device), StepWatch(plan.bad_steps, plan.bad_batches, log)
     broken = 0
-    stream.seek(state.cursor)
-    batches = iter(stream)
-    asked = None
+    batches = _batches(state, stream)
+    asked, begun = None, state.step
     while state.step < plan.last and not asked:
         with meter.waiting():
             batch = next(batches)
+        begin = state.cursor.position  # after `next`, which may pass over bad data
         lr = plan.learning_rate(state.step)
         report = train_step(state.engine, batch.to(device), lr, plan.micro_batches)
         state.step += 1
-        state.images_seen += batch.cursor.position - state.cursor.position
-        meter.step(batch.cursor.position - state.cursor.position)
         state.cursor = batch.cursor
-        watch.see(state.step, report)
+        state.images_seen += state.cursor.position - begin
+        meter.step(state.cursor.position - begin)
+        watch.see(state.step, begin, state.cursor.position, report.loss, report.grads.skipped)
         broken += _name_broken(batch)
+        if state.step == begun + 1:
+            log.first_step()
         asked = stop.agreed()
+        last = state.step == plan.last
+        due = {source: one for source, one in evaluators.items() if last or _due(state.step, one.every)}
+        saves = last or asked or _due(state.step, plan.save_every)
+        reports = saves or _due(state.step, plan.report_every)
+        if reports or due or watch.full:
+            # Before anything is said of this step: what a rollback takes back, from its last step on, nobody has heard of.
+            judgement = watch.judge(state.bad_steps)
+            if judgement.too_much is not None:
+                return judgement.too_much
+            state.bad_steps = judgement.after
+            state.skipped_updates += judgement.skipped
         if asked:
             log.message(f"{asked}: saving step {state.step}, then ending")
-        last = state.step == plan.last
-        saves = last or asked or _due(state.step, plan.save_every)
-        if saves or _due(state.step, plan.report_every):
-            watch.check(state.step)
-            metrics = _train_metrics(state, report, lr, watch, broken)
+        if reports:
+            metrics = _train_metrics(state, report, lr, broken)
             log.report(state.step, state.images_seen, metrics | meter.read())
             broken = 0
         with meter.paused():
-            measured: dict[str, float] = {}
-            for source, evaluator in evaluators.items():
-                if last or _due(state.step, evaluator.every):
-                    values = {f"{source}/{name}": value for name, value in evaluator.run(state)}
-                    log.report(state.step, state.images_seen, values)
-                    measured |= values
-            if saves:
+            measured = _measure(state, due, log)
+            if last or asked or (saves and _may_save(state, plan, log)):
                 state.best = best_of(plan.best, saver.settle(state.best), state.step, measured)
-                save = saver.save if last or asked else saver.begin
-                documents = {**plan.documents, "loop": state.loop_document()}
-                save(state.step, state.engine.state_dict(), documents, state.best)
+                _save(state, plan, saver.save if last or asked else saver.begin)
     return "complete" if state.step >= plan.steps else asked or "stopped"
 
 
@@ -212,17 +192,46 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _train_metrics(
-    state: TrainState, report: StepReport, lr: float, watch: FiniteWatch, broken: int
-) -> dict[str, float]:
+def _measure(state: TrainState, evaluators: Mapping[str, Evaluator], log: SilentLog) -> dict[str, float]:
+    measured: dict[str, float] = {}
+    for source, evaluator in evaluators.items():
+        values = {f"{source}/{name}": value for name, value in evaluator.run(state)}
+        log.report(state.step, state.images_seen, values)
+        measured |= values
+    return measured
+
+
+def _may_save(state: TrainState, plan: Plan, log: SilentLog) -> bool:
+    """Whether a checkpoint that is due may be made; a run that ends here makes it all the same."""
+    may = may_stand(plan.bad_steps, state.bad_steps)
+    if not may:
+        log.message(f"step {state.step} is bad, and not saved: a rollback must find a checkpoint from before it")
+    return may
+
+
+def _batches(state: TrainState, stream: ImageStream) -> Iterator[Batch]:
+    """Batches from the state's cursor on; before each, the cursor is moved past data that is to be passed over."""
+    while True:
+        state.cursor = Cursor(past(state.bad_steps.passed_over, state.cursor.position))
+        stream.seek(state.cursor)
+        for batch in stream:
+            yield batch
+            if past(state.bad_steps.passed_over, state.cursor.position) != state.cursor.position:
+                break
+
+
+def _save(state: TrainState, plan: Plan, save: Callable[..., None]) -> None:
+    save(state.step, state.engine.state_dict(), {**plan.documents, "loop": state.loop_document()}, state.best)
+
+
+def _train_metrics(state: TrainState, report: StepReport, lr: float, broken: int) -> dict[str, float]:
     """One step's measures and the counts so far, equal on every rank; reads the device."""
     loss, samples = sum_over_world(torch.stack([report.loss, report.loss.new_tensor(broken)])).tolist()
     state.broken_samples += int(samples)
-    state.skipped_updates += int(watch.skipped.item())
-    watch.skipped.zero_()
     metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": report.grads.norm.item()}
     counts: dict[str, float] = {
         "train/skipped_updates": state.skipped_updates,
+        "train/rollbacks": len(state.bad_steps.passed_over),
         "data/broken_samples": state.broken_samples,
     }
     return metrics | {name: count for name, count in counts.items() if count}

@@ -6,13 +6,10 @@ Read this file first, then loop.py, then model/moe.py.
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 
-from softmoe_train.checkpoint import CheckpointError, DamagedError
-from softmoe_train.checkpoint.reader import Loaded
-from softmoe_train.checkpoint.remote import Place
+from softmoe_train.checkpoint.audit import Audit
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
@@ -23,45 +20,71 @@ from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspe
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
-from softmoe_train.faults.claim import claim
+from softmoe_train.faults.bad_batches import BadBatches
+from softmoe_train.faults.bad_steps import BadData, BadStepsError
+from softmoe_train.faults.claim import Claim, claim
+from softmoe_train.faults.hang import Watch, watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
-from softmoe_train.launching.worker import RESUME
-from softmoe_train.loop import Evaluator, NonFiniteLossError, Plan, TrainState, fit
+from softmoe_train.launching.worker import HUNG, RESUME
+from softmoe_train.loop import Evaluator, Plan, TrainState, fit
 from softmoe_train.model.moe import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
+from softmoe_train.observe.startup import Startup
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
+from softmoe_train.resume import go_back, resume
 from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def train(config: RunConfig, world: World) -> str:
-    """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended."""
+def train(config: RunConfig, world: World, startup: Startup | None = None) -> str:
+    """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended.
+
+    `startup` is the clock of a process that does nothing else, and is told at its first step.
+    """
+    clock = startup or Startup(None)
     began = time.monotonic()
     device = pick_device(config.device, world.local_rank)
     # The claim comes after the process group: by then every rank has checked that the folder is free.
-    with process_group(world, device), claim(config.folder) if world.main else nullcontext():
+    with (
+        process_group(world, device),
+        claim(config.folder) if world.main else nullcontext() as held,
+        watched(world, minutes=config.hang_limit, folder=config.folder, exit_code=HUNG) as watch,
+    ):
+        clock.done("process group")
         topology = build_topology(config, world, device)
         engine = build_engine(config, topology, device)
+        clock.done("engine")
         _index(config, world)
         stream = _stream(config, world)
-        evaluators = _evaluators(config, world)
+        evaluators = _evaluators(config, world, watch)
+        clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
-        resumed = _resume(config, state, store, stream)
-        log = _log(config, world, state, resumed=resumed)
+        watch.begin(state)
+        resumed = resume(config, state, store, stream)
+        clock.done("checkpoint")
+        log = watch.log = _log(config, held, state, resumed=resumed, startup=startup)
+        clock.done("log and W&B")
         log.message(_description(config, engine, topology))
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
+            watch.begin(state)
             reason = "failed"
             try:
-                reason = fit(state, _plan(config, stream), stream, evaluators, saver, log, stop)
+                plan = _plan(config, stream, world)
+                while isinstance(ended := fit(state, plan, stream, evaluators, saver, log, stop), BadData):
+                    saver.settle(None)
+                    log = watch.log = _roll_back(ended, config, held, state, store, stream, log)
+                    saver = _saver(config, state, store, log)
+                reason = ended
             except BaseException as error:
+                watch.wait_for_the_end()
                 reason = f"failed: {type(error).__name__}: {error}"
-                if isinstance(error, NonFiniteLossError):  # every rank's alike, and what was begun before it is good
+                if isinstance(error, BadStepsError):  # every rank's alike, and what was begun before it is good
                     saver.settle(None)
                 raise
             finally:
@@ -146,7 +169,7 @@ def _stream(config: RunConfig, world: World) -> ImageStream:
     )
 
 
-def _evaluators(config: RunConfig, world: World) -> dict[str, Evaluator]:
+def _evaluators(config: RunConfig, world: World, watch: Watch) -> dict[str, Evaluator]:
     evaluators: dict[str, Evaluator] = {}
     if config.evals.upstream is not None:
         batches = build_eval_stream(
@@ -158,7 +181,7 @@ def _evaluators(config: RunConfig, world: World) -> dict[str, Evaluator]:
             rank=world.rank,
             world=world.size,
         )
-        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, batches, config.loss)
+        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, watch.over(batches), config.loss)
     if config.average is not None:
         evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
     return evaluators
@@ -176,94 +199,69 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
 
 
 def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: SilentLog) -> Saver:
+    saver = Saver(store, max_failures=config.checkpoint.max_failures, warn=lambda text: log.alert("checkpoints", text))
     if config.checkpoint.every and state.step < config.steps:
         store.prepare(state.engine.state_dict())
-    return Saver(store, max_failures=config.checkpoint.max_failures, warn=log.warn)
+        saver.look_ahead()
+    return saver
 
 
-class Resumed(NamedTuple):
-    """Where a state came from, in words, and what was read."""
-
-    source: str
-    read: Loaded
-
-
-def _resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed | None:
-    """Fill `state`; None where it stays as it was. Precedence:
-
-    1. the newest complete checkpoint of this run folder that is whole; damaged ones before it are named and set aside
-    2. scratch, only where there never was one: the weights that `initialize` derived from the seed
-    """
-    while (path := store.latest()) is not None:
-        try:
-            return _restore(path, config, state, store, stream)
-        except DamagedError as error:
-            store.set_aside(path, error.problems)
-        except CheckpointError as error:
-            remedy = f"give the settings that it was saved with, or move {path} away to go on from the one before it"
-            raise CheckpointError(error.what, [*error.problems, remedy]) from error
-    damaged = store.folders_set_aside()
-    if damaged:
-        rule = "a run that has checkpoints does not start over by itself"
-        remedy = f"repair one and give it its name back; to start from scratch, move them out of {store.folder} or give another run_dir"
-        raise CheckpointError(
-            "no checkpoint is left to resume from", [*(f"{p} is damaged" for p in damaged), f"{rule}: {remedy}"]
-        )
-    return None
+def _roll_back(
+    data: BadData,
+    config: RunConfig,
+    held: Claim | None,
+    state: TrainState,
+    store: CheckpointStore,
+    stream: ImageStream,
+    log: SilentLog,
+) -> SilentLog:
+    """Go back to before `data`, which is then passed over; returns the log that goes on from there."""
+    given_up_at = state.step
+    resumed, gone = go_back(data, config, state, store, stream)
+    title = f"rolled back from step {given_up_at} to {state.step}"
+    log.close(title, failed=False)
+    log = _log(config, held, state, resumed=resumed, startup=None)
+    deleted = f"; {', '.join(path.name for path in gone)} deleted" if gone else ""
+    log.alert(
+        title,
+        f"every step from {data.first_step} to {data.last_step} was bad, so their images, samples {data.begin} to {data.end - 1}, "
+        f"are passed over (rollback {len(state.bad_steps.passed_over)} of at most {config.bad_steps.rollbacks}){deleted}",
+    )
+    return log
 
 
-def _restore(path: Place, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Resumed:
-    """Fill `state` from the checkpoint `path`; what is damaged raises DamagedError before a weight is touched."""
-    documents = store.read_documents(path)
-    if documents["stream"] != stream.fingerprint() and not config.allow_changes:
-        raise ConfigError(
-            [
-                f"data.train gives other samples than {path} was trained on: {stream.fingerprint()} now, "
-                f"{documents['stream']} then; give the same shards, another run_dir, or allow_changes=true"
-            ]
-        )
-    saved = documents["config"]
-    averaged = isinstance(saved, dict) and saved.get("average") is not None
-    # Where only one side has averaged weights they are left aside.
-    kinds = ("",) if averaged == (config.average is not None) else ("model.", "optimizer.")
-    tensors = {name: tensor for name, tensor in state.engine.state_dict().items() if name.startswith(kinds)}
-    read = store.load(path, tensors, prefix=kinds)
-    state.engine.load_state_dict(tensors)
-    state.restore(documents["loop"])
-    if state.best is not None and not store.holds(state.best.step):
-        # It made way for a better one that was damaged, or somebody deleted it: keep the best of those that come.
-        state.best = None
-    if averaged == (config.average is not None):
-        return Resumed(str(path), read)
-    aside = "without its averaged weights" if averaged else "the average of the weights starts there"
-    return Resumed(f"{path} ({aside})", read)
-
-
-def _log(config: RunConfig, world: World, state: TrainState, *, resumed: Resumed | None) -> SilentLog:
+def _log(
+    config: RunConfig, held: Claim | None, state: TrainState, *, resumed: Audit | None, startup: Startup | None
+) -> SilentLog:
     tree = config.as_saved()
+
+    def make_folder() -> None:
+        if held is not None:
+            held.take()
+            save_yaml(tree, config.folder / "config.yaml")
+
     begun = (config.folder / "metrics.jsonl").is_file()
     observe = config.observe
     if state.step >= config.steps:  # nothing will be sent
         observe = observe.model_copy(update={"wandb": observe.wandb.model_copy(update={"mode": "disabled"})})
-    if world.main:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        save_yaml(tree, config.folder / "config.yaml")
     log = build_log(
         observe,
         config.folder,
         name=config.name,
         run_config=tree,
         total_steps=config.steps,
-        main=world.main,
+        main=held is not None,
         wandb_id=state.wandb_id or None,
         resume_step=state.step,
+        startup=startup,
+        make_folder=make_folder,
+        taken_back=[(data.first_step, data.last_step) for data in state.bad_steps.passed_over],
     )
     state.wandb_id = log.wandb_id
     if resumed is None and begun:
         log.message(f"{config.folder} holds no checkpoint: starting from scratch, what it reported before is dropped")
     if resumed is not None:
-        log.message(f"resumed from {resumed.source} at step {state.step} of {config.steps}")
-        log.message(str(resumed.read))
+        log.record("resumed", resumed.line(state.step, config.steps), resumed.facts())
     return log
 
 
@@ -291,7 +289,7 @@ def _description(config: RunConfig, engine: TorchEngine | DeepSpeedEngine, topol
     return f"{parameters:,} parameters, {experts}; {ranks}; {engine.device.type}, {config.precision}"
 
 
-def _plan(config: RunConfig, stream: ImageStream) -> Plan:
+def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
     return Plan(
         steps=config.steps,
         stop_after=config.stop_after,
@@ -300,5 +298,7 @@ def _plan(config: RunConfig, stream: ImageStream) -> Plan:
         report_every=config.observe.every,
         save_every=config.checkpoint.every,
         best=config.checkpoint.best,
+        bad_steps=config.bad_steps,
+        bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )

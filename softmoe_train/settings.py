@@ -17,6 +17,7 @@ from softmoe_train.config import Record, flat
 from softmoe_train.data import DataConfig, check_data
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
 from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
+from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import ModelConfig
@@ -55,9 +56,13 @@ class RunConfig(Record):
     steps: Positive  # updates of the whole run
     stop_after: Positive | None  # end cleanly after this step, as an interruption would
     time_limit: Minutes | None  # from its start, after which this process saves and ends, to be resumed
+    hang_limit: (
+        Minutes | None
+    )  # without a finished step or evaluation batch, after which the run ends and shows where it is stuck
     batch_size: Positive  # images of one step, over all ranks
     micro_batches: Positive  # parts of a rank's images that go through the model one after another
     processes: Positive  # local workers to start; under torchrun or srun the launcher decides
+    elastic: bool  # under torchrun's restarts: train on the largest legal world, the other ranks wait as spares
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["float32", "bfloat16"]  # of gathered weights and activations; stored weights are float32
     compile: bool  # each block by torch.compile: minutes at the start, fewer kernels after
@@ -71,6 +76,7 @@ class RunConfig(Record):
     parallel: ParallelConfig
     engine: EngineConfig
     checkpoint: CheckpointConfig
+    bad_steps: BadStepsConfig
     observe: ObserveConfig
     evals: EvalsConfig
 
@@ -102,8 +108,9 @@ class RunConfig(Record):
 # the one of `parallel` that rounds.
 SHAPING = {"parallel.exchange_dtype"}
 FREE = {
-    "name", "run_dir", "stop_after", "time_limit", "micro_batches", "processes", "device", "compile", "allow_changes", "parallel",
-    "engine", "checkpoint", "observe", "evals", "data.train", "data.test", "data.workers", "data.prefetch", "data.max_broken",
+    "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "device", "compile",
+    "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.workers",
+    "data.prefetch", "data.max_broken",
 }  # fmt: skip
 
 
@@ -115,6 +122,11 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
     problems = compute_problems(config, size, local_size)
     problems += schedule_problems(config.schedule, config.steps)
     problems += _best_problems(config)
+    if config.bad_steps.then == "rollback" and config.checkpoint.keep_last == 1:
+        problems.append(
+            "bad_steps.then=rollback with checkpoint.keep_last=1: a run that is interrupted in the middle of bad steps would keep no "
+            "checkpoint from before them; use 2"
+        )
     problems += check_data(
         config.data,
         image_size=config.model.image_size,

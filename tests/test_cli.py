@@ -130,7 +130,11 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
     done = softmoe(*run, "stop_after=12", folder=tmp_path)
     assert "step_00000008 is damaged:\n  - config.json is not what COMPLETE.json says: it was changed" in done.stderr
     assert "resumed from runs/debug/checkpoints/step_00000004 at step 4 of 20" in done.stdout
-    assert "from 2 files saved by 2 ranks; loaded by 2" in done.stdout
+    assert "in 2 files), data position 64; damaged, set aside: step_00000008\n" in done.stdout
+    history = json.loads((tmp_path / "runs/debug/summary.json").read_text())["history"]
+    assert (history["starts"], history["interruptions"], history["lost_steps"]) == (2, {"stopped": 2}, 4)
+    assert [(p["from_step"], p["to_step"]) for p in history["processes"]] == [(0, 8), (4, 12)]
+    assert history["processes"][1]["facts"]["resumed"]["set_aside"] == ["step_00000008"]
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["step_00000004", "step_00000008", "step_00000008.damaged", "step_00000012"]
 

@@ -15,7 +15,8 @@ FLOORS = {
     "loop": 3,
     "evals": 4,
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
-    "run": 5,
+    "resume": 4.7,  # from which checkpoint run.py goes on
+    "run": 5, "worlds": 5,
     "parity": 6, "bench": 6, "sweep": 6, "report": 6,
     "commands": 7,
 }  # fmt: skip

@@ -120,6 +120,30 @@ def write_whole(path: Place, data: bytes) -> None:
     flush_folder(path.parent)
 
 
+def folder_bytes(path: Place) -> int:
+    """The size of the files in a step folder."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def has_room(path: Place, needed: int) -> bool:
+    """Whether `needed` bytes fit the disk of `path`, which need not exist; True where nobody can tell, as of a store."""
+    if isinstance(path, RemotePath):
+        return True
+    there = next((each for each in (path, *path.parents) if each.exists()), None)
+    if there is None:
+        return True
+    try:
+        disk = shutil.disk_usage(there)
+    except OSError:
+        return True
+    return disk.total == 0 or disk.free >= needed  # some network file systems tell nothing
+
+
+def room_fault(folder: Place, needed: int) -> str:
+    """What is wrong where there is no room, and what helps."""
+    return f"the disk of {folder} has no room for a checkpoint of {needed / 2**20:,.1f} MiB; make room, or lower checkpoint.keep_last"
+
+
 def flush_folder(path: Place) -> None:
     """Make the names in a folder as lasting as the files they name; in a store they are."""
     if isinstance(path, RemotePath):

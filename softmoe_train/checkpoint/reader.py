@@ -7,6 +7,7 @@ before all that every rank needs is known to be good.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
@@ -35,16 +36,16 @@ class Read(NamedTuple):
 class Loaded(NamedTuple):
     """What a load read, of the whole checkpoint."""
 
-    tensors: int
+    tensors: dict[str, int]  # how many, by the first part of their names
     bytes: int
     files: int
     saved_by: int  # ranks
-    loaded_by: int
 
     def __str__(self) -> str:
-        counts = (self.tensors, "tensor"), (self.files, "file"), (self.saved_by, "rank")
-        tensors, files, ranks = (f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counts)
-        return f"read {tensors}, {self.bytes / 2**20:,.1f} MiB, from {files} saved by {ranks}; loaded by {self.loaded_by:,}"
+        counts = [f"{count:,} {kind}" for kind, count in self.tensors.items()]
+        listed = " and ".join(filter(None, [", ".join(counts[:-1]), counts[-1]]))
+        files = f"{self.files:,} file{'' if self.files == 1 else 's'}"
+        return f"{listed} tensors ({self.bytes / 2**20:,.1f} MiB in {files})"
 
 
 def plan_reads(
@@ -72,12 +73,12 @@ def plan_reads(
     return reads
 
 
-def loaded(manifest: Manifest, prefix: str | tuple[str, ...], saved_by: int, loaded_by: int) -> Loaded:
+def loaded(manifest: Manifest, prefix: str | tuple[str, ...], saved_by: int) -> Loaded:
     """What a load of all tensors that begin with `prefix` amounts to."""
-    taken = [tensor for name, tensor in manifest.tensors.items() if name.startswith(prefix)]
-    size = sum(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in taken)
-    files = {chunk.file for tensor in taken for chunk in tensor.chunks}
-    return Loaded(len(taken), size, len(files), saved_by, loaded_by)
+    taken = {name: tensor for name, tensor in manifest.tensors.items() if name.startswith(prefix)}
+    size = sum(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in taken.values())
+    files = {chunk.file for tensor in taken.values() for chunk in tensor.chunks}
+    return Loaded(dict(Counter(name.partition(".")[0] for name in taken)), size, len(files), saved_by)
 
 
 def check_hashes(path: Place, reads: list[Read]) -> None:

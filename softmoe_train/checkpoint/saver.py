@@ -36,6 +36,12 @@ class Saver:
         self._best = best
         return best
 
+    def look_ahead(self) -> None:
+        """Warn where the next save will not fit the disk, while there is time to make room."""
+        shortage = self._store.shortage(None if self._best is None else self._best.step)
+        if shortage is not None:
+            self._warn(f"the next save will fail: {shortage}")
+
     def begin(self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, JSON], best: Best | None) -> None:
         """Begin to save `step`; what was begun before must be settled."""
         self._step = step
@@ -54,6 +60,7 @@ class Saver:
         try:
             if self._store.settle() is not None:
                 self._failures = 0
+                self.look_ahead()
             return False
         except NotFiniteError as error:
             remedy = f"{self._standing()}: go on from there with a lower schedule.peak or optim.clip_norm (allow_changes=true)"

@@ -25,7 +25,10 @@ from softmoe_train.checkpoint.folder import (
     delete,
     delete_or_warn,
     flush_folder,
+    folder_bytes,
     folders_set_aside,
+    has_room,
+    room_fault,
     set_aside,
     step_folder,
     step_folders,
@@ -50,7 +53,7 @@ from softmoe_train.checkpoint.manifest import (
 from softmoe_train.checkpoint.owner import Owner
 from softmoe_train.checkpoint.plan import WritePlan, held_of, plan_writes
 from softmoe_train.checkpoint.reader import Loaded, check_hashes, copy_reads, file_faults, loaded, plan_reads
-from softmoe_train.checkpoint.remote import Place, place_problem
+from softmoe_train.checkpoint.remote import Place, RemotePath, place_problem
 from softmoe_train.checkpoint.staging import Staging
 from softmoe_train.checkpoint.writer import write_tensors
 from softmoe_train.config import Record
@@ -139,6 +142,15 @@ class CheckpointStore:
         """The host memory of this rank that `prepare` took."""
         return 0 if self._planned is None else self._planned[0].shard.num_bytes
 
+    def shortage(self, best: int | None) -> str | None:
+        """On rank 0, that the disk has no room for the next save, in words; None where it has, or where nobody can tell."""
+        if self.rank != 0 or self._planned is None or isinstance(self.folder, RemotePath):
+            return None
+        complete, needed = step_folders(self.folder, complete=True), self._planned[0].bytes_of_all
+        following = step_folder(self.folder, step_of(complete[-1]) + 1 if complete else 0)
+        spare = sum(folder_bytes(old) for old in self._early(following, complete, best))
+        return None if has_room(self.folder, needed - spare) else room_fault(self.folder, needed)
+
     def save(
         self,
         step: int,
@@ -185,6 +197,17 @@ class CheckpointStore:
         path = step_folder(self.folder, step)
         return self._from_rank_0(f"listing {self.folder}", lambda: path in step_folders(self.folder, complete=True))
 
+    def delete_from(self, step: int) -> list[Place]:
+        """Delete the checkpoints of `step` and of later ones, newest first; returns their folders."""
+
+        def stage() -> list[Place]:
+            gone = [path for path in reversed(step_folders(self.folder, complete=True)) if step_of(path) >= step]
+            for path in gone:
+                delete(path)
+            return gone
+
+        return self._from_rank_0(f"deleting checkpoints from step {step} on in {self.folder}", stage)
+
     def read_documents(self, path: Place) -> dict[str, JSON]:
         """The JSON documents of the checkpoint `path`, each checked against the completion mark."""
         return self._agree(f"{path} cannot be read", lambda: read_documents(path))
@@ -217,7 +240,7 @@ class CheckpointStore:
         self._agree(
             f"{path} failed while it was loaded: the state is undefined", lambda: copy_reads(path, reads, tensors)
         )
-        return loaded(manifest, prefix, mark.world, self.world)
+        return loaded(manifest, prefix, mark.world)
 
     def _plan(self, tensors: Mapping[str, Tensor | DTensor]) -> tuple[WritePlan, Staging]:
         """The plan and the memory of the last save where this rank, and every other, holds the same as then."""
@@ -234,7 +257,7 @@ class CheckpointStore:
     ) -> Place:
         """What of a save is not the copy; in the background."""
         what = f"{path} was not saved"
-        if self._from_rank_0(what, lambda: self._make_way(path)):
+        if self._from_rank_0(what, lambda: self._make_way(path, plan.bytes_of_all, best)):
             try:
                 manifest = write_tensors(path, plan, staging, self.rank, self.group)
                 self._from_rank_0(what, lambda: self._complete(path, manifest, texts))
@@ -245,8 +268,8 @@ class CheckpointStore:
             self._from_rank_0(f"retention in {self.folder}", lambda: self._retain(best))
         return path
 
-    def _make_way(self, path: Place) -> bool:
-        """On rank 0: make the folder of a save; False where the step is complete already."""
+    def _make_way(self, path: Place, needed: int, best: int | None) -> bool:
+        """On rank 0: make the folder of a save of `needed` bytes; False where the step is complete already."""
         self._owner.hold()
         complete = step_folders(self.folder, complete=True)
         if path in complete:
@@ -257,6 +280,13 @@ class CheckpointStore:
         for stale in step_folders(self.folder, complete=False):
             (delete if stale == path else delete_or_warn)(stale)
         path.mkdir(parents=True)
+        for old in self._early(path, complete, best):
+            if has_room(path, needed):
+                break
+            delete_or_warn(old)
+        if not has_room(path, needed):
+            delete(path)
+            raise CheckpointError("no room", [room_fault(self.folder, needed)])
         flush_folder(self.folder)
         return True
 
@@ -277,10 +307,22 @@ class CheckpointStore:
         write_whole(path / MARK, mark.model_dump_json(indent=1).encode())
 
     def _retain(self, best: int | None) -> None:
-        for old in step_folders(self.folder, complete=True)[: -self.keep_last]:
-            milestone = self.keep_every is not None and step_of(old) % self.keep_every == 0
-            if not milestone and step_of(old) != best:
-                delete_or_warn(old)
+        for old in self._superfluous(step_folders(self.folder, complete=True), best):
+            delete_or_warn(old)
+
+    def _superfluous(self, complete: list[Place], best: int | None) -> list[Place]:
+        """Which of the complete checkpoints the retention has no use for, oldest first."""
+        return [
+            old
+            for old in complete[: -self.keep_last]
+            if step_of(old) != best and not (self.keep_every is not None and step_of(old) % self.keep_every == 0)
+        ]
+
+    def _early(self, path: Place, complete: list[Place], best: int | None) -> list[Place]:
+        """The checkpoints that may go before `path` is complete, where there is no room for it beside them: those that would
+        go then, but for the newest. None where `path` is to be the best, for then the best so far is among them."""
+        gone = self._superfluous([*complete, path], best)
+        return [] if best == step_of(path) else [old for old in gone if old != complete[-1]]
 
     def _agree(self, what: str, stage: Callable[[], T]) -> T:
         assert self._background.is_ours, "a save is under way, and the group with it: settle it first"

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
     0 done, 1 a proof that fails or a checkpoint that is damaged, 2 a wrong setting, 3 a run that stopped itself or found no memory,
-    75 a run that was asked to end and is to be resumed, 128 + n ended by signal n.
+    4 one that hung, 75 a run that was asked to end and is to be resumed, 128 + n ended by signal n.
     """
     options = _parser().parse_args(arguments)
     try:

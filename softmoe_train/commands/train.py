@@ -9,14 +9,18 @@ from pathlib import Path
 
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.folder import step_folders, step_of
-from softmoe_train.commands.workers import Verb, as_worker, ranks, run_verb, under_a_launcher
+from softmoe_train.commands.elastic import check_train, in_legal_world
+from softmoe_train.commands.workers import Verb, as_worker, run_verb, under_a_launcher
 from softmoe_train.config import as_yaml, compose
 from softmoe_train.dist import World
+from softmoe_train.faults.bad_steps import BadStepsError
+from softmoe_train.faults.stop import TIME_IS_UP
 from softmoe_train.launching.local import TOLD_CODES
-from softmoe_train.launching.worker import RESUME
-from softmoe_train.loop import NonFiniteLossError
+from softmoe_train.launching.meeting import End
+from softmoe_train.launching.worker import RESUME, launcher_of
+from softmoe_train.observe.startup import Startup
 from softmoe_train.run import train as train_rank
-from softmoe_train.settings import RunConfig, check
+from softmoe_train.settings import RunConfig
 
 EXIT_SECONDS = 5  # what a worker that gives up its save may need to be gone
 
@@ -27,10 +31,14 @@ def train(overrides: list[str], *, print_only: bool) -> int:
         if under_a_launcher():
             return as_worker("train", lambda world: _print(overrides) if world.main else 0)
         return _print(overrides)
+    startup = Startup(launcher_of(os.environ))
+    startup.done("imports")
     verb = Verb(
         "train",
-        compose=lambda world: compose(RunConfig, overrides, lambda c: check(c, *ranks(world, c))),
-        work=lambda config, world: _train(config, overrides, world),
+        compose=lambda world: compose(RunConfig, overrides, lambda c: check_train(c, world)),
+        work=lambda config, world: in_legal_world(
+            config, world, lambda legal: _train(config, overrides, legal, startup)
+        ),
         interrupted=_interrupted,
         grace_seconds=lambda config: config.checkpoint.grace + EXIT_SECONDS,
     )
@@ -48,16 +56,18 @@ def _interrupted(config: RunConfig) -> str:
     return f"interrupted; the same command goes on from step {step_of(complete[-1])} of {config.folder}"
 
 
-def _train(config: RunConfig, overrides: list[str], world: World) -> int:
+def _train(config: RunConfig, overrides: list[str], world: World, startup: Startup) -> End:
+    startup.done("settings")
     try:
-        reason = train_rank(config, world)
-    except (CheckpointError, NonFiniteLossError) as error:
+        reason = train_rank(config, world, startup)
+    except (CheckpointError, BadStepsError) as error:
         if world.main:  # these are the same on every rank, and say all there is to say
             print(f"softmoe train: {error}", file=sys.stderr, flush=True)
-        return TOLD_CODES[1]
+        return End(TOLD_CODES[1], for_good=True)
     if world.main:
         print(closing(config, reason, overrides, world), flush=True)
-    return RESUME if reason.startswith("interrupted") else 0
+    # After a signal torchrun is ending by itself, or has nodes to take in and starts again.
+    return End(RESUME if reason.startswith("interrupted") else 0, for_good=reason == TIME_IS_UP)
 
 
 def _print(overrides: list[str]) -> int:

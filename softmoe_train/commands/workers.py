@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -12,7 +13,8 @@ from softmoe_train.config import ConfigError, Record, compose_own
 from softmoe_train.dist import World, world_of
 from softmoe_train.launching.environment import adopt_environment, under_launcher
 from softmoe_train.launching.local import TOLD_CODES, launch_local
-from softmoe_train.launching.worker import run_worker
+from softmoe_train.launching.meeting import PARTING_SECONDS, by_torchrun, restart_of
+from softmoe_train.launching.worker import end_launcher, run_worker
 
 GRACE_SECONDS = 5  # what the workers of a verb that saves nothing get to end after a signal
 
@@ -85,6 +87,18 @@ def run_verb(verb: Verb[C], overrides: list[str]) -> int:
         return 128 + signal.SIGINT
 
 
+def start_no_more(world: World, code: int) -> None:
+    """Keep torchrun from starting again and again what ends with this code whenever it is started; by every rank of a host."""
+    restart = restart_of(os.environ)
+    if not by_torchrun(os.environ) or restart.count >= restart.most:
+        return
+    if world.local_rank:
+        time.sleep(PARTING_SECONDS)  # who exits before torchrun has been told is taken for a failure
+        return
+    print(f"exit code {code}: ending torchrun, which would start this again for nothing", file=sys.stderr, flush=True)
+    end_launcher()
+
+
 def as_worker(name: str, work: Callable[[World], int]) -> int:
     """Run `work` as one rank of several, whoever started it; a refused setting is told once a host, missing memory by its rank."""
     adopt_environment(os.environ)
@@ -96,6 +110,7 @@ def as_worker(name: str, work: Callable[[World], int]) -> int:
         except ConfigError as error:
             if world.local_rank == 0:  # a host may find what the others do not: a file, a version
                 print(f"softmoe {name}: {error}", file=sys.stderr, flush=True)
+            start_no_more(world, 2)
             return 2
         except (RuntimeError, MemoryError) as error:
             said = no_memory(name, error)

@@ -1,7 +1,7 @@
 """Reading image shards: order by arithmetic, decoding, transforms, and batches that carry the cursor that resumes."""
 
 from softmoe_train.data.batch import Batch, Broken, Cursor, ImageStream
-from softmoe_train.data.build import build_eval_stream, build_stream, check_data, make_indexes
+from softmoe_train.data.build import build_eval_stream, build_stream, check_data, check_streams, make_indexes
 from softmoe_train.data.records import DataConfig, SyntheticConfig, WebDatasetConfig
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "build_eval_stream",
     "build_stream",
     "check_data",
+    "check_streams",
     "make_indexes",
 ]

@@ -45,6 +45,14 @@ class Broken(NamedTuple):
     reason: str
 
 
+class StoredSample(NamedTuple):
+    """A global sample and where it is stored: its shard and its key in the shard."""
+
+    number: int
+    shard: str
+    key: str
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a global batch: RGB images, labels, and the cursor that resumes after the whole batch.
@@ -104,6 +112,10 @@ class ImageStream(Protocol):
 
     def seek(self, cursor: Cursor) -> None:
         """Make the next `iter` start at `cursor`; raises ValueError where no batch can start."""
+        ...
+
+    def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
+        """What `rank` gets of the batch that begins at `cursor`, by arithmetic and index alone: no image is read."""
         ...
 
     def fingerprint(self) -> dict[str, object]:

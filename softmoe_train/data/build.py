@@ -34,7 +34,7 @@ def build_stream(
     cfg: DataConfig, *, image_size: int, num_classes: int, seed: int, global_batch: int, rank: int, world: int
 ) -> ImageStream:
     """The endless training stream of `rank`: square images of `image_size` pixels; raises ValueError on mistakes."""
-    problems = _check_streams(cfg.streams, global_batch, world)
+    problems = check_streams(cfg.streams, global_batch, world)
     if problems:
         raise ValueError("\n".join(problems))
     share = Share(global_batch, cfg.streams, rank, world)
@@ -64,7 +64,7 @@ def build_eval_stream(
 
 def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: int, needs_test: bool) -> list[str]:
     """Every mistake that shows before a shard is read, each as a full message; empty where all is well."""
-    problems = _check_streams(cfg.streams, global_batch, world)
+    problems = check_streams(cfg.streams, global_batch, world)
     if isinstance(cfg, SyntheticConfig):
         return problems
     for key, spec, wanted in (("data.train", cfg.train, True), ("data.test", cfg.test, needs_test)):
@@ -97,7 +97,8 @@ def _pictures(
     return Pictures(reader, build_transform(transform, image_size), image_size, seed)
 
 
-def _check_streams(streams: int, global_batch: int, world: int) -> list[str]:
+def check_streams(streams: int, global_batch: int, world: int) -> list[str]:
+    """Why `streams` cannot be read by `world` ranks, with those that could."""
     legal = [n for n in range(world, global_batch + 1, world) if global_batch % n == 0]
     if streams in legal:
         return []

@@ -46,7 +46,11 @@ class SampleReader:
 
     def describe(self, shard: int, index: int, reason: str) -> Broken:
         """The report of a sample that could not be read."""
-        return Broken(os.path.basename(self.shards[shard].path), self._samples(shard).keys[index], reason)
+        return Broken(*self.name(shard, index), reason)
+
+    def name(self, shard: int, index: int) -> tuple[str, str]:
+        """The base name of a sample's shard, and its key there."""
+        return os.path.basename(self.shards[shard].path), self._samples(shard).keys[index]
 
     def close(self) -> None:
         """Close every file."""

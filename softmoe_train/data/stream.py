@@ -7,14 +7,14 @@ Letters: B images of this rank's batch, L streams, W ranks, g a global sample.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from softmoe_train.data.batch import Batch, Broken, Cursor
+from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
 from softmoe_train.data.keyed import Draws
 from softmoe_train.data.order import Order
@@ -131,6 +131,14 @@ class WebDatasetStream:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the position last given to `seek`, for ever; raises RuntimeError above `max_broken`."""
         return load_batches(self._batches, _Positions(self._start, self._batches.share.global_batch), self._decoding)
+
+    def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
+        """What `rank` gets of the batch that begins at `cursor`; one that is broken is named, not what replaced it."""
+        numbers = replace(self._batches.share, rank=rank).rows(cursor.position)
+        where = self._batches.order.locate(numbers)
+        name = self._batches.pictures.reader.name
+        rows = zip(numbers.tolist(), where.shard.tolist(), where.index.tolist(), strict=True)
+        return [StoredSample(number, *name(shard, index)) for number, shard, index in rows]
 
     def fingerprint(self) -> dict[str, object]:
         """What decides the order: the shards' contents and the keys of the permutations."""

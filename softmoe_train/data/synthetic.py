@@ -4,13 +4,13 @@ Letters: B images of this rank's batch, S image side, C classes, g a global samp
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softmoe_train.data.batch import Batch, Cursor
+from softmoe_train.data.batch import Batch, Cursor, StoredSample
 from softmoe_train.data.keyed import chain, mix, place_number
 from softmoe_train.data.records import SyntheticConfig
 from softmoe_train.data.stream import Share
@@ -78,6 +78,11 @@ class SyntheticStream:
             mask = torch.ones(len(rows), dtype=torch.bool)
             images, labels = self._pictures.images(numbers), self._pictures.labels(numbers)
             yield Batch(images, labels, mask, torch.from_numpy(rows), Cursor(position), ())
+
+    def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
+        """What `rank` gets of the batch that begins at `cursor`; a key is the number of the picture in its epoch."""
+        numbers = replace(self._share, rank=rank).rows(cursor.position).tolist()
+        return [StoredSample(g, "synthetic", str(g % self._pictures.cfg.num_train)) for g in numbers]
 
     def fingerprint(self) -> dict[str, object]:
         """What decides the samples: the configuration, the image size, the classes and the seed."""

@@ -12,20 +12,53 @@ from typing import IO
 LOCK = ".lock"
 
 
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process until the end of the block; the kernel gives it back however the process ends.
+class Claim:
+    """This process's hold on a run folder."""
 
-    A record lock, not flock(): decode workers would inherit that, and hold it for seconds after a killed rank.
-    Raises BlockingIOError that names the owner if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        _lock(file, folder)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Hold the folder, made where it is not there; again where it was deleted under us, and nothing where we hold it still.
+
+        A record lock, not flock(): decode workers would inherit that, and hold it for seconds after a killed rank.
+        Raises BlockingIOError that names the owner if another process holds it.
+        """
+        if self._holds():
+            return
+        self.release()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self._folder / LOCK).open("a+")
+        _lock(self._file, self._folder)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _holds(self) -> bool:
+        if self._file is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._folder / LOCK))
+        except OSError:
+            return False
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[Claim]:
+    """Hold `folder` for this process until the end of the block; the kernel gives it back however the process ends."""
+    held = Claim(folder)
+    try:
+        held.take()
+        yield held
+    finally:
+        held.release()
 
 
 def owner(folder: Path) -> str | None:
@@ -38,6 +71,13 @@ def owner(folder: Path) -> str | None:
         except BlockingIOError:
             return file.read() or "another process"
     return None
+
+
+def wait_until_free(folder: Path, seconds: float) -> None:
+    """Give the owner of `folder` this long to end, where it has one."""
+    until = time.monotonic() + seconds
+    while owner(folder) is not None and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 def _lock(file: IO[str], folder: Path) -> None:

@@ -16,8 +16,9 @@ from typing import NoReturn
 from softmoe_train.dist import ControlGroup, PendingMax, World, control_group, wait_for_all
 
 ASKING = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)  # the first is SLURM's, by --signal
+TIME_IS_UP = "interrupted by time_limit"
 # What a rank wants is a number into this; all ranks together want the highest.
-REASONS = (None, "interrupted by time_limit", *(f"interrupted by {number.name}" for number in ASKING))
+REASONS = (None, TIME_IS_UP, *(f"interrupted by {number.name}" for number in ASKING))
 TIME_LIMIT, SIGNALS = 1, 2
 # Signals this soon after the first are the first: timeout(1) sends two, and SLURM reaches a rank itself and through its launcher.
 ONE_SIGNAL_SECONDS = 2.0

@@ -19,10 +19,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from softmoe_train.launching.worker import LAUNCHER, RESUME
+from softmoe_train.launching.worker import HUNG, LAUNCHER, RESUME
 
-# A refused setting, a run that stopped itself, one that was asked to: every rank ends so, and rank 0 has said why.
-TOLD_CODES = (2, 3, RESUME)
+# A refused setting, a run that stopped itself, one that hung, one that was asked to end: every rank ends so, and one has said why.
+TOLD_CODES = (2, 3, HUNG, RESUME)
 LOOK_SECONDS = 1.0  # more than lies between two looks of the agent at its workers, also on a busy host
 SURVIVOR_SECONDS = 3  # what the ranks beside a failed one get after SIGTERM: their step cannot be finished any more
 # Signals this soon after the first are the first: timeout(1) sends two, and a person's Ctrl-C may come with the shell's.

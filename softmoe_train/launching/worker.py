@@ -5,14 +5,21 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 LAUNCHER = "SOFTMOE_LAUNCHER_PID"  # set by our own launcher, which shows a failure itself
 RESUME = 75  # the exit code of a run that was asked to end and has saved: the same command goes on (EX_TEMPFAIL of <sysexits.h>)
+HUNG = 4  # of a run in which nothing moved any more: the same command goes on, but whether it should is for a person or a counter
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def launcher_of(environ: Mapping[str, str]) -> int | None:
+    """The process of our own launcher, where this worker is of its first set; None elsewhere."""
+    first = environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    return int(environ[LAUNCHER]) if LAUNCHER in environ and first else None
 
 
 def die_with_parent() -> None:
@@ -31,6 +38,14 @@ def die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it died before the kernel was asked
         os._exit(128 + signal.SIGKILL)
+
+
+def end_launcher() -> None:
+    """Have torchrun end in good order, where it would start again what can only end in the same way.
+
+    It starts its workers again after any exit code but 0, and 0 would say that all is well.
+    """
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 def run_worker(main: Callable[[], int]) -> int:

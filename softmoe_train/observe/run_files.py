@@ -1,10 +1,14 @@
 """This file owns what a run folder says about the run: metrics.jsonl (the truth) and summary.json."""
 
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from softmoe_train.observe.history import History, next_start
 
 Line = dict[str, float | None]  # step and images_seen are whole numbers; null stands for a value that is not finite
 
@@ -55,39 +59,74 @@ class MetricsFile:
         self.last: Line = {}
         for line in self.kept:
             self.last |= line
-        self._file = path.open("ab")
+        self.unwritten: list[bytes] = []
+        self._path = path
+        self.begin()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file of `begin` is still in its place: a folder that is deleted takes it along."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def begin(self) -> None:
+        """Go on with the file that is in its place now, or with a new one."""
+        self._path.touch()
+        self._file = self._path.open("rb")  # as long as it is open, no other file can look like it
 
     def append(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """Write one line; it has left the process when this returns."""
+        """Take one line, for `write`."""
         line: Line = {"step": step, "images_seen": images_seen}
         line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        # A kill leaves the line out or, at worst, torn at the very end, and a resume cuts that off.
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self.unwritten.append(json.dumps(line, allow_nan=False).encode() + b"\n")
         self.last |= line
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def write(self) -> None:
+        """Write what was taken; it has left the process when this returns. Raises OSError, and then keeps it for the next time."""
+        # A kill leaves lines out or, at worst, one torn at the very end, and a resume cuts that off.
+        with self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                data = b"".join(self.unwritten)
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.truncate(self._path, end)  # or the next line would begin inside a torn one
+                raise
+        self.unwritten.clear()
 
 
 class Summary:
-    """summary.json: the last value of every metric, how far the run came, its wall time over all resumes, why it ended.
+    """summary.json: the last value of every metric, how far the run came, its wall time and history over all resumes, why it ended.
 
     It is rewritten at each report with `ended: null`: a killed run keeps its wall time and is told from a finished one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
-        self.earlier_seconds, self.earlier_wandb_id = 0.0, None
+        self.earlier_seconds, self.earlier_wandb_id, history = 0.0, None, None
+        self.broken = ""  # why an earlier summary was not taken over: all counts start anew
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             self.earlier_seconds, self.earlier_wandb_id = float(earlier["wall_seconds"]), str(earlier["wandb_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # no summary yet, or not one of ours: the count starts anew
+            if "history" in earlier:  # one from before there was any is sound
+                history = History.model_validate(earlier["history"])
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.broken = type(error).__name__
+        self._history = next_start(history, from_step)
+
+    def record(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Keep what this process has to tell of itself; the next `write` writes it."""
+        self._history = self._history.with_facts(name, facts)
 
     def write(self, last: Line, seconds: float, *, wandb_id: str, ended: str | None) -> None:
         """Replace the summary; `seconds` is the wall time of this process only."""
+        self._history = self._history.reached(int(last.get("step") or 0))
+        history = self._history if ended is None else self._history.ended(ended)
         content = {
             "steps": last.get("step", 0),
             "images_seen": last.get("images_seen", 0),
@@ -95,5 +134,6 @@ class Summary:
             "ended": ended,
             "wandb_id": wandb_id,
             "metrics": {name: value for name, value in last.items() if name not in ("step", "images_seen")},
+            "history": history.model_dump(),
         }
         replace_text(self._path, json.dumps(content, indent=2, allow_nan=False) + "\n")

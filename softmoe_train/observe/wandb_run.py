@@ -8,7 +8,7 @@ import contextlib
 import math
 import netrc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -40,10 +40,13 @@ class WandbConfig(Record):
 class WandbRun:
     """A W&B run that is fed one row per step, in order; its first failure is one warning, and its last act."""
 
-    def __init__(self, library: ModuleType, run: Any, has_through: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, library: ModuleType, run: Any, has_through: int, rows: "RowNumbers", warn: Callable[[str], None]
+    ) -> None:
         self._library = library
         self._run = run
         self._has_through = has_through
+        self._rows = rows
         self._warn = warn
         self._row: dict[str, float] = {}
 
@@ -52,11 +55,16 @@ class WandbRun:
 
         Steps that W&B already has are passed over: after a resume they are the same numbers again.
         """
-        if step <= self._has_through:
+        if self._rows.number(step) <= self._has_through:
             return
         if self._row and step != self._row["step"]:
             self._flush()
         self._row |= {"step": step, "images_seen": images_seen, **metrics}
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell people."""
+        if self._run is not None:
+            self._attempt(lambda run: run.alert(title=title, text=text))
 
     def close(self, *, failed: bool) -> None:
         """Send the last row and end the run, within a bounded time."""
@@ -72,7 +80,7 @@ class WandbRun:
     def _flush(self) -> None:
         row, self._row = self._row, {}
         if row and self._run is not None:
-            self._attempt(lambda run: run.log(row, step=int(row["step"]), commit=True))
+            self._attempt(lambda run: run.log(row, step=self._rows.number(int(row["step"])), commit=True))
 
     def _attempt(self, call: Callable[[Any], None]) -> None:
         try:
@@ -84,6 +92,25 @@ class WandbRun:
             )
 
 
+class RowNumbers:
+    """W&B's own number of the row of a step, which must grow for ever: the step, until a rollback.
+
+    What a rollback takes back stays in W&B as it was, and the steps from there on come again in rows above it. All rows of
+    one part of a run, from a rollback's first step to the next's, are equally far from their steps.
+    """
+
+    def __init__(self, taken_back: Sequence[tuple[int, int]]) -> None:
+        self._parts = [(0, 0)]  # (first step, how far its rows are above the steps)
+        highest = 0  # that W&B may have
+        for first, last in taken_back:
+            highest = max(highest, self.number(last))
+            self._parts = [part for part in self._parts if part[0] < first] + [(first, highest + 1 - first)]
+
+    def number(self, step: int) -> int:
+        """The number of a step's row in the newest part that has it."""
+        return step + next(above for first, above in reversed(self._parts) if first <= step)
+
+
 def start_wandb(
     config: WandbConfig,
     run_dir: Path,
@@ -92,6 +119,7 @@ def start_wandb(
     name: str,
     run_config: Mapping[str, Any],
     written: list[Line],
+    taken_back: Sequence[tuple[int, int]],
     warn: Callable[[str], None],
 ) -> WandbRun | None:
     """The W&B run of this folder, brought up to date with `written` (the lines that a resume kept), or None.
@@ -124,7 +152,7 @@ def start_wandb(
             continue
         # The service knows what it has; offline pieces are for `wandb sync` to bring. Offline, all pieces count as had.
         has_through = max(has_offline, run.step - 1) if mode == "online" else has_any
-        wandb_run = WandbRun(wandb, run, has_through, warn)
+        wandb_run = WandbRun(wandb, run, has_through, RowNumbers(taken_back), warn)
         for line in written:
             wandb_run.send(*unpack(line))
         return wandb_run
@@ -214,7 +242,7 @@ def unpack(line: Line) -> tuple[int, int, dict[str, float]]:
 
 
 def steps_on_disk(folder: Path, wandb_id: str, wandb_records: ModuleType) -> tuple[int, int]:
-    """The highest step in the offline pieces of a W&B run, and in all its pieces; -1 where there is none."""
+    """The highest row number in the offline pieces of a W&B run, and in all its pieces; -1 where there is none."""
     offline, online = -1, -1
     for path in sorted(folder.glob(f"*run-*-{wandb_id}*/run-{wandb_id}.wandb")):
         last = -1

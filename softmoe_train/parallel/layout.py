@@ -56,8 +56,13 @@ class ParallelConfig(Record):
 
 
 def expert_axis(config: ParallelConfig, *, num_experts: int, size: int) -> int:
+    """R, as `axis_of` says."""
+    return axis_of(config.expert_axis, num_experts=num_experts, size=size)
+
+
+def axis_of(setting: int | Literal["auto"], *, num_experts: int, size: int) -> int:
     """R; `auto` is the largest common divisor of experts and ranks (design: slots are few, expert weights are many)."""
-    return math.gcd(num_experts, size) if config.expert_axis == "auto" else config.expert_axis
+    return math.gcd(num_experts, size) if setting == "auto" else setting
 
 
 def node_size(config: ParallelConfig, *, axis: int, local_size: int) -> int:

@@ -53,9 +53,9 @@ def test_averaging_may_begin_and_end_under_a_run_that_allows_changes(
     with pytest.raises(ConfigError, match=r"average\.decay=0\.5 \(was None\).*allow_changes=true"):
         go(run, *ema)
     go(run, *ema, "allow_changes=true", "stop_after=3")
-    assert "(the average of the weights starts there) at step 2 of 4" in capsys.readouterr().out
+    assert "; the average of the weights starts here; changed: average.decay=" in capsys.readouterr().out
     assert any(":average.head.weight" in name for name in stored(run, 3))
     go(run, "allow_changes=true")
-    assert "(without its averaged weights) at step 3 of 4" in capsys.readouterr().out
+    assert "; without its averaged weights; changed: average.decay=" in capsys.readouterr().out
     assert not any(":average." in name for name in stored(run, 4))
     assert metrics(run, "train/loss") == metrics(plain, "train/loss")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -175,6 +176,9 @@ def test_whatever_the_launcher_gets_a_step_is_saved_and_the_same_command_goes_on
         assert code != RESUME or run.err == ""
     softmoe(*DIGITS, "run_dir=asked", folder=folder)
     assert same_runs(folder / "asked", whole)
+    history = json.loads((folder / "asked" / "summary.json").read_text())["history"]
+    assert history["interruptions"] == {f"interrupted by {name}": n for name, n in Counter(w[0] for w in ways).items()}
+    assert (history["starts"], history["lost_steps"]) == (len(ways) + 1, 0)
 
 
 def step_interrupted(run: Path, name: str, earlier: int) -> int:

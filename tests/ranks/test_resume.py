@@ -1,5 +1,6 @@
 """A run that is stopped, killed or moved to another layout goes on as if nothing had happened."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,12 @@ def test_a_run_killed_between_checkpoints_goes_on_as_if_it_had_not_been(folder: 
     killed = go(folder, "killed", 2, 2)
     assert metrics(killed, "train/loss") == metrics(whole, "train/loss")
     assert same_bits(stored(killed, 20), stored(whole, 20))
+    history = json.loads((killed / "summary.json").read_text())["history"]
+    first, second = history["processes"]
+    assert (first["ended"], history["interruptions"], history["starts"]) == ("killed", {"killed": 1}, 2)
+    assert (second["from_step"], second["to_step"], second["ended"]) == (10, 20, "complete")
+    assert first["to_step"] >= 13, "the last step that it reported"
+    assert history["lost_steps"] == first["to_step"] - 10
 
 
 def test_a_finished_run_says_so_and_changes_nothing(folder: Path, whole: Path) -> None:

@@ -196,13 +196,14 @@ def test_of_several_hosts_none_judges_alone_what_depends_on_all() -> None:
         compose(RunConfig, [*run, "parallel.node_size=3"], lambda config: compute_problems(config, 16, 4))
 
 
-def test_a_time_limit_is_minutes_above_zero_and_may_change_under_a_run() -> None:
-    limited = compose(RunConfig, ["recipe=debug", "time_limit=5", "checkpoint.grace=30"], lambda _: [])
-    assert (limited.time_limit, limited.checkpoint.grace) == (5, 30)
+def test_time_limits_are_above_zero_and_may_change_under_a_run() -> None:
+    limits = ["time_limit=5", "hang_limit=null", "checkpoint.grace=30"]
+    limited = compose(RunConfig, ["recipe=debug", *limits], lambda _: [])
+    assert (limited.time_limit, limited.hang_limit, limited.checkpoint.grace) == (5, None, 30)
     unlimited = compose(RunConfig, ["recipe=debug"], lambda _: [])
-    assert unlimited.time_limit is None
+    assert (unlimited.time_limit, unlimited.hang_limit) == (None, 20)
     assert changed_settings(unlimited.as_saved(), limited.as_saved()) == []
-    for wrong in ("time_limit=0", "checkpoint.grace=0"):
+    for wrong in ("time_limit=0", "hang_limit=0", "checkpoint.grace=0"):
         with pytest.raises(ConfigError, match=wrong):
             compose(RunConfig, ["recipe=debug", wrong], lambda _: [])
 
@@ -233,3 +234,18 @@ def test_a_best_checkpoint_that_could_never_be_is_refused() -> None:
     (off,) = problems_of("recipe=debug", "evals.upstream=null", "checkpoint.best=lowest upstream/test/loss")
     assert "no evaluator is on" in off
     compose(RunConfig, ["recipe=debug", "checkpoint.best=lowest upstream/test/loss"], lambda c: check(c, 1, 1))
+
+
+def test_a_run_that_may_go_back_keeps_a_checkpoint_to_go_back_to() -> None:
+    (problem,) = problems_of("recipe=debug", "bad_steps.then=rollback", "checkpoint.keep_last=1")
+    assert problem.startswith("bad_steps.then=rollback with checkpoint.keep_last=1: ")
+    assert problem.endswith("use 2")
+    assert problems_of("recipe=debug", "bad_steps.then=forget", "bad_steps.spike=0") == [
+        "bad_steps.spike=0: input should be greater than 0",
+        "bad_steps.then='forget': input should be 'stop' or 'rollback'",
+    ]
+
+
+def test_what_is_done_about_bad_steps_may_change_under_a_run() -> None:
+    stops, goes_on = (compose_alone("recipe=debug", *more).as_saved() for more in ([], ["bad_steps.then=rollback"]))
+    assert changed_settings(stops, goes_on) == []

@@ -7,6 +7,7 @@ import pytest
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.best import Best, best_of
 from softmoe_train.data.batch import Cursor
+from softmoe_train.faults.bad_steps import NONE_YET
 from softmoe_train.loop import TrainState
 
 TOP1, LOSS = "highest upstream/test/top1", "lowest upstream/test/loss"
@@ -54,12 +55,13 @@ def test_the_record_resumes_and_a_state_from_before_there_was_one_loads() -> Non
         document, there = state(best).loop_document(), state(Best(LOSS, 1, 1.0))
         there.restore(document)
         assert there.best == best
-    del document["best"]
+    del document["best"], document["bad_steps"]
     there.restore(document)
     assert there.best is None
+    assert there.bad_steps == NONE_YET
 
 
-@pytest.mark.parametrize("change", [{"best": {"step": 1}}, {"best": [1]}, {"unknown": 1}])
+@pytest.mark.parametrize("change", [{"best": {"step": 1}}, {"best": [1]}, {"bad_steps": {"streak": 1}}, {"unknown": 1}])
 def test_a_loop_state_of_another_version_is_refused_with_its_keys(change: dict) -> None:
     with pytest.raises(CheckpointError, match=next(iter(change))):
         state(None).restore({**state(None).loop_document(), **change})

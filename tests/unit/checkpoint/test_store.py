@@ -156,11 +156,13 @@ def test_what_is_set_aside_keeps_its_bytes_and_does_not_exist_for_the_loader(
 
 def test_a_load_says_what_it_read(saved: Path) -> None:
     read = store_in(saved.parent).load(saved, blank(truth()))
-    assert str(read) == "read 7 tensors, 0.0 MiB, from 1 file saved by 1 rank; loaded by 1"
+    assert str(read) == "3 model, 1 optimizer and 3 loop tensors (0.0 MiB in 1 file)"
+    assert read.saved_by == 1
     assert read.bytes == sum(tensor.nbytes for tensor in truth().values())
     part = {"model.head": torch.zeros(7).bfloat16(), "optimizer.step": torch.tensor(0.0)}
     read = store_in(saved.parent).load(saved, part, prefix=("model.head", "optimizer."))
-    assert (read.tensors, read.bytes) == (2, 14 + 4)
+    assert str(read).startswith("1 model and 1 optimizer tensors")
+    assert (read.tensors, read.bytes) == ({"model": 1, "optimizer": 1}, 14 + 4)
 
 
 def test_a_target_without_storage_is_refused(saved: Path) -> None:
@@ -280,6 +282,16 @@ def test_every_nth_step_and_the_best_are_kept_beside_the_newest(tmp_path: Path) 
     assert not store.holds(400)
     store.save(600, truth(), {}, best=600)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000300", "step_00000600"]
+
+
+def test_all_from_a_step_on_is_deleted_and_the_ones_before_stay(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep_last=9)
+    for step in (100, 200, 300):
+        store.save(step, truth(), {})
+    assert [path.name for path in store.delete_from(101)] == ["step_00000300", "step_00000200"]
+    assert store.delete_from(101) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000100"]
+    store.save(200, truth(), {})
 
 
 def test_a_step_that_is_complete_is_left_as_it_is(saved: Path) -> None:

@@ -63,6 +63,18 @@ def test_a_stream_gives_each_stored_sample_once_an_epoch_across_batch_boundaries
         assert sorted(seen[epoch * 21 : (epoch + 1) * 21]) == list(range(21))
 
 
+def test_a_stream_names_what_any_rank_gets_without_reading_an_image(numbered_shards, monkeypatch) -> None:
+    cfg = settings(train=str(numbered_shards(7, 1, 13)))
+    ranks = [stream(cfg, rank, 2) for rank in (0, 1)]
+    batches = [(rank, batch) for rank in (0, 1) for batch in islice(ranks[rank], 4)]  # into the second epoch
+    shards = [f"train-{shard:06d}.tar" for shard, count in enumerate((7, 1, 13)) for _ in range(count)]
+    monkeypatch.setattr(os, "pread", None)
+    for rank, batch in batches:
+        numbers = numbers_of(batch.images)
+        want = [(g, shards[n], f"sample-{n:06d}") for g, n in zip(batch.sample_ids.tolist(), numbers, strict=True)]
+        assert ranks[1 - rank].samples(Cursor(batch.cursor.position - 8), rank) == want
+
+
 def test_batches_hold_what_the_order_says_and_the_cursor_after_it(numbered_shards) -> None:
     cfg = settings(train=str(numbered_shards(7, 1, 13)))
     order = Order([7, 1, 13], streams=4, window=8, block=4, seed=7)

@@ -37,6 +37,13 @@ def test_seeking_goes_on_as_if_uninterrupted() -> None:
     assert torch.equal(next(iter(resumed)).images, whole[2].images)
 
 
+def test_a_sample_is_named_by_its_picture() -> None:
+    batch = next(iter(train(settings(), 1, 2)))
+    named = train(settings(), 0, 2).samples(Cursor(0), 1)
+    assert [sample.number for sample in named] == batch.sample_ids.tolist() == [2, 3, 6, 7]
+    assert train(settings()).samples(Cursor(24), 0)[2] == (26, "synthetic", "2")
+
+
 def test_an_epoch_repeats_the_same_images_and_another_seed_has_others() -> None:
     batches = list(islice(train(settings()), 4))
     assert torch.equal(batches[3].images, batches[0].images)

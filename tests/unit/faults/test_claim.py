@@ -1,6 +1,7 @@
 """The claim on a run folder, with real processes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,3 +65,34 @@ def test_a_killed_owner_leaves_nothing_behind_though_its_child_lives(
 def test_a_folder_that_nobody_claimed_has_no_owner(tmp_path: Path) -> None:
     assert owner(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_deleted_is_taken_again_and_not_from_another(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with claim(folder) as ours:
+        first = (folder / ".lock").stat().st_ino
+        ours.take()
+        assert (folder / ".lock").stat().st_ino == first
+        shutil.rmtree(folder)
+        ours.take()
+        assert (owner_seen_by_another(folder) or "").startswith(f"process {os.getpid()} on ")
+        shutil.rmtree(folder)
+        other = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder)], env=environment(), stdout=subprocess.PIPE, text=True
+        )
+        assert other.stdout is not None
+        child = int(other.stdout.readline())
+        with pytest.raises(BlockingIOError, match=f"in use by process {other.pid} on"):
+            ours.take()
+        other.kill()
+        other.wait()
+        os.kill(child, signal.SIGKILL)
+
+
+def owner_seen_by_another(folder: Path) -> str | None:
+    """A process is never refused its own record lock, so another must look."""
+    look = "import sys; from pathlib import Path; from softmoe_train.faults.claim import owner; print(owner(Path(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", look, str(folder)], env=environment(), capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

@@ -119,6 +119,8 @@ def test_the_summary_holds_the_last_value_of_every_metric_and_the_reason(tmp_pat
     log = open_log(tmp_path)
     log.report(20, 1280, {"train/loss": 2.0, "upstream/val/top1": 0.5})
     log.report(40, 2560, {"train/loss": 1.0})
+    log.ended("hang")  # by what cannot wait for the rest to close
+    assert summary_of(tmp_path)["ended"] == "hang"
     log.close("finished", failed=False)
     summary = summary_of(tmp_path)
     assert summary["metrics"] == {"train/loss": 1.0, "upstream/val/top1": 0.5}

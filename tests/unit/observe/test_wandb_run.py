@@ -8,12 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from softmoe_train.observe.log import SilentLog, build_log
-from softmoe_train.observe.wandb_run import BLOCK, HEADER, records_of
+from softmoe_train.observe.wandb_run import BLOCK, HEADER, RowNumbers, records_of
 from tests.unit.observe.test_log import config, lines_of
 
 wandb = pytest.importorskip("wandb")
@@ -28,7 +29,13 @@ def _logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
 
 
-def open_log(run_dir: Path, mode: str = "offline", resume_step: int = 0, wandb_id: str | None = None) -> SilentLog:
+def open_log(
+    run_dir: Path,
+    mode: str = "offline",
+    resume_step: int = 0,
+    wandb_id: str | None = None,
+    taken_back: Sequence[tuple[int, int]] = (),
+) -> SilentLog:
     return build_log(
         config(mode),
         run_dir,
@@ -38,6 +45,7 @@ def open_log(run_dir: Path, mode: str = "offline", resume_step: int = 0, wandb_i
         main=True,
         wandb_id=wandb_id,
         resume_step=resume_step,
+        taken_back=taken_back,
     )
 
 
@@ -55,6 +63,15 @@ def history_of(run_dir: Path) -> list[dict]:
                 values = {key: math.nan if value == "NaN" else value for key, value in values.items()}
                 rows.append({key: value for key, value in values.items() if key not in ("_runtime", "_wandb")})
     return rows
+
+
+def ids_of(run_dir: Path) -> list[str]:
+    """The run's id that each piece says of itself."""
+    from wandb.proto import wandb_internal_pb2
+
+    pieces = (run_dir / "wandb").glob("*run-*-*/run-*.wandb")
+    records = [wandb_internal_pb2.Record.FromString(raw) for path in pieces for raw in whole_records(path)]
+    return [record.run.run_id for record in records if record.WhichOneof("record_type") == "run"]
 
 
 def whole_records(path: Path) -> list[bytes]:
@@ -105,7 +122,7 @@ def test_across_a_resume_no_step_is_doubled_or_missing(tmp_path: Path) -> None:
         log.report(step, step, {"train/loss": 1 / step})
     log.close("finished", failed=False)
     assert [(row["step"], row["train/loss"]) for row in history_of(tmp_path)] == [(s, 1 / s) for s in range(10, 70, 10)]
-    assert len({path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}) == 1
+    assert ids_of(tmp_path) == [log.wandb_id] * 2
 
 
 @pytest.mark.parametrize("seconds", [0.0, 3.0], ids=["before-a-flush", "after-a-flush"])
@@ -127,6 +144,7 @@ def test_across_a_kill_no_step_is_doubled_or_missing(tmp_path: Path, seconds: fl
         log.report(step, step, {"train/loss": 1 / step})
     log.close("finished", failed=False)
     assert [row["step"] for row in history_of(tmp_path)] == [10, 20, 30, 40, 50]
+    assert set(ids_of(tmp_path)) == {log.wandb_id}
 
 
 def test_a_run_that_goes_to_wandb_only_later_brings_its_past(tmp_path: Path) -> None:
@@ -329,3 +347,62 @@ def test_a_piece_that_is_not_wandbs_stops_wandb_and_not_the_training(
     log.close("finished", failed=False)
     assert capsys.readouterr().out.count("warning: W&B offline did not start") == 1
     assert len(lines_of(tmp_path)) == 1
+
+
+def reports(log: SilentLog, steps: range, losses: float) -> None:
+    for step in steps:
+        log.report(step, step, {"train/loss": losses})
+
+
+def test_what_a_rollback_takes_back_stays_and_what_differs_is_sent_once_above_it(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    reports(log, range(1, 8), 1.0)
+    log.close(
+        "rolled back from step 8 to 4", failed=False
+    )  # the steps 6 to 8 were bad, the last of which nobody heard of
+    back = {"resume_step": 4, "wandb_id": log.wandb_id, "taken_back": [(6, 8)]}
+    log = open_log(tmp_path, **back)
+    log.alert("rolled back", "the steps 6 to 8 were bad")
+    reports(log, range(5, 6), 1.0)
+    reports(log, range(6, 8), 2.0)
+    log.close("killed", failed=True)
+    # The next start finds no checkpoint from after the rollback: it comes to the bad steps again, and goes back again.
+    log = open_log(tmp_path, resume_step=4, wandb_id=log.wandb_id)
+    reports(log, range(5, 8), 1.0)
+    log.close("rolled back from step 8 to 4", failed=False)
+    log = open_log(tmp_path, **back)
+    reports(log, range(5, 6), 1.0)
+    reports(log, range(6, 12), 2.0)
+    log.close("finished", failed=False)
+    rows = history_of(tmp_path)
+    assert [(row["step"], row["train/loss"]) for row in rows] == [
+        *((step, 1.0) for step in range(1, 8)), *((step, 2.0) for step in range(6, 12)),
+    ]  # fmt: skip
+    numbers = [row["_step"] for row in rows]
+    assert numbers == sorted(set(numbers))
+    assert [line["train/loss"] for line in lines_of(tmp_path)] == [1.0] * 5 + [2.0] * 6
+    assert alerts_of(tmp_path) == [("rolled back", "the steps 6 to 8 were bad")]
+
+
+def alerts_of(run_dir: Path) -> list[tuple[str, str]]:
+    from wandb.proto import wandb_internal_pb2
+
+    paths = sorted((run_dir / "wandb").glob("*run-*-*/run-*.wandb"))
+    records = [wandb_internal_pb2.Record.FromString(raw) for path in paths for raw in whole_records(path)]
+    return [(r.alert.title, r.alert.text) for r in records if r.WhichOneof("record_type") == "alert"]
+
+
+@pytest.mark.parametrize(
+    "taken_back",
+    [[(6, 8)], [(6, 8), (6, 8)], [(6, 8), (20, 25)], [(20, 25), (6, 8)], [(6, 8), (7, 12)], [(6, 30), (2, 40), (3, 3)]],
+)
+def test_row_numbers_grow_through_every_rollback(taken_back: list[tuple[int, int]]) -> None:
+    sent = []  # by a run that reports every step
+    for part, (_, last) in enumerate([*taken_back, (50, 51)]):
+        rows = RowNumbers(taken_back[:part])
+        begin = 1 if part == 0 else taken_back[part - 1][0]
+        if part:
+            before = RowNumbers(taken_back[: part - 1])
+            assert [rows.number(step) for step in range(begin)] == [before.number(step) for step in range(begin)]
+        sent += [rows.number(step) for step in range(begin, last)]
+    assert sent == sorted(set(sent))
