@@ -1,11 +1,11 @@
 """This file owns where a run goes on: from which checkpoint of its folder, and what of it is taken over."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from softmoe_train.checkpoint import CheckpointError, DamagedError
 from softmoe_train.checkpoint.audit import Audit, layout_words
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError
 from softmoe_train.data import ImageStream
@@ -45,7 +45,7 @@ def resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream:
     return None
 
 
-def _restore(path: Path, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit:
+def _restore(path: Place, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit:
     """Fill `state` from the checkpoint `path`; what is damaged raises DamagedError before a weight is touched."""
     documents = store.read_documents(path)
     same_samples = documents["stream"] == stream.fingerprint()
@@ -87,7 +87,7 @@ def _layout(settings: Mapping[str, Any], config: RunConfig, size: int) -> str:
 
 def go_back(
     data: BadData, config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream
-) -> tuple[Audit, list[Path]]:
+) -> tuple[Audit, list[Place]]:
     """Fill `state` from the newest checkpoint from before `data`, which is passed over from there on.
 
     Returns where that was, and the later checkpoints, which are deleted. A kill at any instant: the next start comes to `data`

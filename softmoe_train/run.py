@@ -189,7 +189,7 @@ def _evaluators(config: RunConfig, world: World, watch: Watch) -> dict[str, Eval
 
 def _store(config: RunConfig, world: World) -> CheckpointStore:
     return CheckpointStore(
-        config.folder / "checkpoints",
+        config.checkpoints,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         rank=world.rank,

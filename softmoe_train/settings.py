@@ -10,7 +10,8 @@ from pydantic import Field, field_validator
 
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.best import metric_of
-from softmoe_train.checkpoint.folder import step_folders, step_of
+from softmoe_train.checkpoint.folder import checkpoints_of, step_folders, step_of
+from softmoe_train.checkpoint.remote import Place, RemotePath, driver_problem, place_of
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record, flat
 from softmoe_train.data import DataConfig, check_data
@@ -92,6 +93,11 @@ class RunConfig(Record):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run_dir)
+
+    @property
+    def checkpoints(self) -> Place:
+        """Where its checkpoints are: in the run folder unless the settings say otherwise."""
+        return self.folder / "checkpoints" if self.checkpoint.folder is None else place_of(self.checkpoint.folder)
 
     def as_saved(self) -> dict[str, Any]:
         """The configuration as it is kept and sent: secrets and signed URLs left out."""
@@ -215,45 +221,82 @@ def decided(config: RunConfig, engine: DeepSpeedConfig, size: int) -> Decided:
 
 
 def _folder_problems(config: RunConfig) -> list[str]:
-    """Why the run folder cannot be written by this run."""
+    """Why the run folder, or that of the checkpoints, cannot be written by this run."""
     if not config.run_dir:
         return ["run_dir is empty; give the run a folder, as in run_dir=runs/mine"]
-    there = config.folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    if "://" in config.run_dir:
+        return [
+            f"run_dir={without_secrets(config.run_dir)} is a URL; give a folder, and checkpoint.folder=URL to have the checkpoints there"
+        ]
+    there = _in_the_way(config.folder)
+    if there is not None:
         return [f"run_dir={config.run_dir}: {there} is not a folder that we may write to; give another run_dir"]
+    there = _in_the_way(config.checkpoints) if isinstance(config.checkpoints, Path) else None
+    if there is not None:
+        return [f"{_where(config)}: {there} is not a folder that we may write to; give another"]
     holder = owner(config.folder)
     if holder is not None:
         return [f"run_dir={config.run_dir} is in use by {holder}; wait for it to end or give another run_dir"]
     return []
 
 
+def _in_the_way(folder: Path) -> Path | None:
+    """What we may not write to where `folder` is, or would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return None if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) else folder
+
+
+def _where(config: RunConfig) -> str:
+    """The setting that says where the checkpoints are."""
+    folder = config.checkpoint.folder
+    return f"run_dir={config.run_dir}" if folder is None else f"checkpoint.folder={folder}"
+
+
 def _resume_problems(config: RunConfig) -> list[str]:
-    """What in the newest checkpoint of the run folder that can be read does not go with these settings."""
+    """What in the newest checkpoint that can be read does not go with these settings, or why none is found that there is."""
+    where = _where(config)
+    another = f"give another {where.partition('=')[0]}"
+    driver = driver_problem(str(config.checkpoints))
+    if driver is not None:
+        return [f"{where}: {driver}"]
     try:
-        path, saved = _newest_config(config.folder / "checkpoints")
+        path, saved = _newest_config(config.checkpoints)
+        if path is None:
+            return _missing_problems(config)
     except CheckpointError as error:
-        return [f"run_dir={config.run_dir}: {error}"]
-    if path is None:
-        return []
+        return [f"{where}: {error}"]
+    except OSError as error:
+        return [f"{where} cannot be read: {error}; mend that, or {another}"]
     assert isinstance(saved, dict), saved
     problems = []
     if step_of(path) > config.steps:
         problems.append(
-            f"steps={config.steps}: run_dir={config.run_dir} is at step {step_of(path)} already; give more steps or "
-            f"another run_dir"
+            f"steps={config.steps}: {where} is at step {step_of(path)} already; give more steps or {another.removeprefix('give ')}"
         )
     changed = changed_settings(saved, config.as_saved())
     if changed and not config.allow_changes:
         problems.append(
-            f"run_dir={config.run_dir} holds a run with other settings: {', '.join(changed)}; give another run_dir, the same "
-            f"settings, or allow_changes=true to continue it with these"
+            f"{where} holds a run with other settings: {', '.join(changed)}; {another}, the same settings, or allow_changes=true "
+            f"to continue it with these"
         )
     return problems
 
 
-def _newest_config(folder: Path) -> tuple[Path | None, object]:
+def _missing_problems(config: RunConfig) -> list[str]:
+    """Why a run without a checkpoint where its settings look for one must not start from scratch."""
+    folder, before = config.checkpoints, checkpoints_of(config.folder)
+    if isinstance(folder, RemotePath) and folder.lacks_bucket():
+        return [f"{_where(config)}: the store says that there is no such bucket; make it, or check the name"]
+    if before != folder and step_folders(before, complete=True):
+        return [
+            f"{_where(config)}: there is no checkpoint, but run_dir={config.run_dir} has some in {before}; copy them there, go on with "
+            f"checkpoint.folder={before}, or give another run_dir"
+        ]
+    return []
+
+
+def _newest_config(folder: Place) -> tuple[Place | None, object]:
     """The newest checkpoint whose JSON is whole, and its configuration: the run sets aside what is damaged before it."""
     for path in reversed(step_folders(folder, complete=True)):
         try:

@@ -22,7 +22,7 @@ FLOORS = {
 }  # fmt: skip
 NO_DIST = ("model", "data", "optim")  # ranks and sizes arrive as arguments
 OPTIONAL = {"wandb": "observe", "webdataset": "data", "hydra": "config", "omegaconf": "config", "deepspeed": "engine",
-    "matplotlib": "bench", "soft_moe_pytorch": "bench", "soft_mixture_of_experts": "bench",
+    "fsspec": "checkpoint", "matplotlib": "bench", "soft_moe_pytorch": "bench", "soft_mixture_of_experts": "bench",
 }  # fmt: skip
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 

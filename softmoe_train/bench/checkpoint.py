@@ -55,7 +55,7 @@ def bench_checkpoint(settings: CheckpointSettings, config: RunConfig, world: Wor
         store.prepare(tensors)
         first = timed(lambda: store.begin(1, tensors, {}), device)
         path = store.settle()
-        assert path is not None
+        assert isinstance(path, Path), path
         reads = plan_reads(path, read_manifest(path, read_mark(path)), tensors, "")
         files = sorted({path / read.chunk.file for read in reads})
         sides = _sides(store, tensors, files, folder, world, device)

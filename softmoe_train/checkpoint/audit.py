@@ -1,10 +1,10 @@
 """This file owns the account of a resume: from where, how the ranks lay when it was saved and lie now, what was read."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from softmoe_train.checkpoint.reader import Loaded
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.config import flat
 from softmoe_train.parallel.layout import axis_of
 
@@ -12,7 +12,7 @@ from softmoe_train.parallel.layout import axis_of
 class Audit(NamedTuple):
     """What is told of one resume."""
 
-    path: Path
+    path: Place
     before: str  # the layout
     now: str
     read: Loaded

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedReader
-from pathlib import Path
+from io import BufferedIOBase
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from softmoe_train.checkpoint.layout import Box, overlap, within
 from softmoe_train.checkpoint.manifest import Manifest, StoredTensor
 from softmoe_train.checkpoint.reader import Read
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.shards import BUFFER, read_part
 
 MOST_OPEN = 200  # files at a time
@@ -20,11 +20,11 @@ MOST_OPEN = 200  # files at a time
 class Files:
     """The rank files of one checkpoint, opened where they are needed and a bounded number at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
-        self._open: dict[str, BufferedReader] = {}
+        self._open: dict[str, BufferedIOBase] = {}
 
-    def open(self, name: str) -> BufferedReader:
+    def open(self, name: str) -> BufferedIOBase:
         """The file of that name; it stays open for the next part."""
         if name not in self._open:
             if len(self._open) == MOST_OPEN:
@@ -39,7 +39,7 @@ class Files:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Files]:
+def opened(path: Place) -> Iterator[Files]:
     """The files of the checkpoint `path`, closed at the end of the block."""
     files = Files(path)
     try:

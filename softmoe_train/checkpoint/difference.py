@@ -1,7 +1,6 @@
 """This file owns the difference of two checkpoints: settings, names, and values tensor by tensor, in bounded memory."""
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from softmoe_train.checkpoint.agreement import DamagedError
 from softmoe_train.checkpoint.blocks import Files, blocks, opened
 from softmoe_train.checkpoint.manifest import JSON, Manifest, StoredTensor
 from softmoe_train.checkpoint.reader import file_faults
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.config import flat
 
 
@@ -23,7 +23,7 @@ class Changed(NamedTuple):
 class Difference(NamedTuple):
     """What differs between two checkpoints; every name is in exactly one of these."""
 
-    other: Path
+    other: Place
     settings: dict[str, tuple[JSON, JSON]]  # by key, here and there; None where it is not
     only_here: list[str]
     only_there: list[str]
@@ -41,10 +41,10 @@ class Difference(NamedTuple):
 
 
 def difference(
-    path: Path,
+    path: Place,
     manifest: Manifest,
     config: dict[str, JSON],
-    other_path: Path,
+    other_path: Place,
     other: Manifest,
     other_config: dict[str, JSON],
 ) -> Difference:

@@ -1,7 +1,6 @@
 """This file owns what a checkpoint tells of itself: its JSON read once, sizes by kind and by file, and a document for programs."""
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import field_validator
@@ -10,9 +9,11 @@ from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.difference import Difference, difference
 from softmoe_train.checkpoint.folder import checkpoint_at
 from softmoe_train.checkpoint.manifest import DTYPES, JSON, Manifest, Mark, StoredTensor, read_manifest, read_mark
+from softmoe_train.checkpoint.remote import Place, driver_problem, place_of, place_problem
 from softmoe_train.checkpoint.store import read_documents
 from softmoe_train.checkpoint.verify import verify
 from softmoe_train.config import JsonOut, Record
+from softmoe_train.observe.redact import without_secrets
 
 KINDS = ("model", "optimizer", "average")
 
@@ -20,7 +21,7 @@ KINDS = ("model", "optimizer", "average")
 class OfCheckpoint(Record):
     """What every verb that reads one checkpoint is told."""
 
-    ckpt: str | None  # a run folder (its newest checkpoint) or a step folder
+    ckpt: str | None  # a run folder (its newest checkpoint) or a step folder, or a URL of one
 
     @field_validator("ckpt")
     @classmethod
@@ -30,17 +31,17 @@ class OfCheckpoint(Record):
         return found("ckpt", ckpt)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """The step folder."""
         assert self.ckpt is not None
-        return checkpoint_at(Path(self.ckpt))
+        return checkpoint_at(place_of(self.ckpt))
 
 
 class InspectConfig(OfCheckpoint):
     """Keys of `softmoe inspect`."""
 
     verify: bool  # read every byte and compare its hash
-    against: str | None  # another run or step folder
+    against: str | None  # another run or step folder, or a URL of one
     out: JsonOut
 
     @field_validator("against")
@@ -50,11 +51,16 @@ class InspectConfig(OfCheckpoint):
 
 
 def found(key: str, folder: str) -> str:
-    """The folder as given; raises ValueError that names `key` where it holds no complete checkpoint."""
+    """The folder or URL as given; raises ValueError that names `key` where it holds no complete checkpoint."""
+    problem = place_problem(folder) or driver_problem(folder)
+    if problem is not None:
+        raise ValueError(f"{key}={without_secrets(folder)}: {problem}")
     try:
-        checkpoint_at(Path(folder))
+        checkpoint_at(place_of(folder))
     except CheckpointError as error:
         raise ValueError(f"{key}={folder}: {error.problems[0]}") from None
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be read: {error}") from None
     return folder
 
 
@@ -78,7 +84,7 @@ class Held(NamedTuple):
 class Contents(NamedTuple):
     """All the JSON of a checkpoint, checked against its mark."""
 
-    path: Path
+    path: Place
     mark: Mark
     manifest: Manifest
     documents: dict[str, JSON]
@@ -104,7 +110,7 @@ class Inspection(NamedTuple):
     difference: Difference | None
 
 
-def read_contents(path: Path) -> Contents:
+def read_contents(path: Place) -> Contents:
     """Read the JSON of the checkpoint `path`; raises CheckpointError naming what is damaged."""
     mark = read_mark(path)
     return Contents(path, mark, read_manifest(path, mark), read_documents(path))
@@ -112,7 +118,7 @@ def read_contents(path: Path) -> Contents:
 
 def inspect(asked: InspectConfig) -> Inspection:
     """Look at a checkpoint as asked; raises CheckpointError where it cannot even be read."""
-    other = checkpoint_at(Path(asked.against)) if asked.against is not None else None
+    other = checkpoint_at(place_of(asked.against)) if asked.against is not None else None
     faults = None
     if asked.verify:
         paths = [asked.path] if other is None else [asked.path, other]

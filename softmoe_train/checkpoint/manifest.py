@@ -5,7 +5,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.layout import Box, tiling_fault
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.config import Record
 
 MARK = "COMPLETE.json"
@@ -154,19 +154,19 @@ def to_json(value: JSON, name: str) -> bytes:
         raise CheckpointError("not JSON", [f"document {name}: {error}"]) from error
 
 
-def read_mark(path: Path) -> Mark:
+def read_mark(path: Place) -> Mark:
     """The completion mark of the folder `path`; raises CheckpointError where there is none or it is not sound."""
     if not (path / MARK).is_file():
         raise CheckpointError(f"{path} is no checkpoint", [f"{MARK} is missing: the save never finished"])
     return _parse(Mark, MARK, (path / MARK).read_bytes())
 
 
-def read_manifest(path: Path, mark: Mark) -> Manifest:
+def read_manifest(path: Place, mark: Mark) -> Manifest:
     """The manifest of the folder `path`, checked against the mark and its own rules; raises DamagedError."""
     return _parse(Manifest, MANIFEST, read_hashed(path / MANIFEST, mark.manifest))
 
 
-def read_hashed(path: Path, sha256: str) -> bytes:
+def read_hashed(path: Place, sha256: str) -> bytes:
     """The bytes of a JSON file, which must have the hash that the mark holds; raises DamagedError naming it."""
     if not path.is_file():
         raise DamagedError(f"{path.parent} is damaged", [f"{path.name} is missing"])

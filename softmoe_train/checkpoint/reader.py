@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.layout import Box, local_box, overlap, within
 from softmoe_train.checkpoint.manifest import DTYPES, Manifest, StoredChunk, StoredTensor, described, held_in
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.shards import chunk_fault, header_fault, read_part
 
 
@@ -49,7 +49,7 @@ class Loaded(NamedTuple):
 
 
 def plan_reads(
-    path: Path, manifest: Manifest, tensors: Mapping[str, Tensor | DTensor], prefix: str | tuple[str, ...]
+    path: Place, manifest: Manifest, tensors: Mapping[str, Tensor | DTensor], prefix: str | tuple[str, ...]
 ) -> list[Read]:
     """What this rank must read to fill `tensors`, file by file.
 
@@ -81,7 +81,7 @@ def loaded(manifest: Manifest, prefix: str | tuple[str, ...], saved_by: int) -> 
     return Loaded(dict(Counter(name.partition(".")[0] for name in taken)), size, len(files), saved_by)
 
 
-def check_hashes(path: Path, manifest: Manifest, reads: list[Read]) -> None:
+def check_hashes(path: Place, manifest: Manifest, reads: list[Read]) -> None:
     """Read every chunk that `reads` need, and the headers of their files; raises DamagedError naming each that is not what was saved."""
     problems = []
     held = held_in(manifest, {read.chunk.file for read in reads})
@@ -95,7 +95,7 @@ def check_hashes(path: Path, manifest: Manifest, reads: list[Read]) -> None:
         raise DamagedError(f"{path} is damaged", problems)
 
 
-def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTensor]) -> None:
+def copy_reads(path: Place, reads: list[Read], tensors: Mapping[str, Tensor | DTensor]) -> None:
     """Fill `tensors` in place from checked files."""
     with torch.no_grad():
         for file, of_file in _by_file(reads):
@@ -108,7 +108,7 @@ def copy_reads(path: Path, reads: list[Read], tensors: Mapping[str, Tensor | DTe
                     read_part(handle, read.tensor, read.chunk, read.part, target)
 
 
-def file_faults(path: Path, manifest: Manifest, files: Iterable[str]) -> dict[str, str]:
+def file_faults(path: Place, manifest: Manifest, files: Iterable[str]) -> dict[str, str]:
     """The files that cannot hold what the manifest says of them, each with why and what is lost; opens nothing."""
     faults = {file: fault for file in sorted(files) if (fault := _size_fault(path / file, manifest.files[file]))}
     return {
@@ -117,7 +117,7 @@ def file_faults(path: Path, manifest: Manifest, files: Iterable[str]) -> dict[st
     }
 
 
-def _size_fault(path: Path, size: int) -> str | None:
+def _size_fault(path: Place, size: int) -> str | None:
     if path.is_symlink() or not path.is_file():
         return "is missing"
     held = path.stat().st_size

@@ -74,5 +74,8 @@ class Saver:
             return True
 
     def _standing(self) -> str:
-        latest = self._store.latest()
+        try:
+            latest = self._store.latest()
+        except CheckpointError as error:
+            return f"the checkpoints cannot be listed: {error.problems[0]}"
         return f"the last checkpoint is {latest.name}" if latest is not None else "there is no checkpoint yet"

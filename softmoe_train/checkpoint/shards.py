@@ -3,11 +3,9 @@
 import io
 import json
 import math
-import os
 import struct
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +13,10 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from softmoe_train.checkpoint.agreement import CheckpointError
+from softmoe_train.checkpoint.folder import lasting
 from softmoe_train.checkpoint.layout import Box, within
 from softmoe_train.checkpoint.manifest import DTYPES, MANIFEST, Stored, StoredChunk, StoredTensor, described, experts_of
+from softmoe_train.checkpoint.remote import Place
 
 BUFFER = 16 * 2**20  # bytes
 BLOCK = 2**20  # bytes that a processor's cache holds: they are looked at, hashed and written while they are there
@@ -60,7 +60,7 @@ def shard_layout(parts: Sequence[Part]) -> ShardLayout:
     return ShardLayout(_header(ordered, begins), ordered, begins)
 
 
-def write_shard(path: Path, shard: ShardLayout, data: Tensor) -> tuple[list[StoredChunk], list[str]]:
+def write_shard(path: Place, shard: ShardLayout, data: Tensor) -> tuple[list[StoredChunk], list[str]]:
     """Write a new safetensors file, flushed to the disk, whose data is the bytes of `data`.
 
     Returns its chunks, and the names of the tensors that hold an infinity or a NaN. Torch's own HuggingFaceStorageReader reads the
@@ -68,7 +68,7 @@ def write_shard(path: Path, shard: ShardLayout, data: Tensor) -> tuple[list[Stor
     """
     assert data.dtype == torch.uint8 and len(data) == shard.num_bytes, (data.dtype, len(data), shard.num_bytes)
     chunks, bad = [], []
-    with path.open("xb") as file:
+    with lasting(path, "xb") as file:
         file.write(shard.header)
         for part, begin in zip(shard.parts, shard.begins):
             start, digest, finite = file.tell(), xxh3_128(), True
@@ -83,12 +83,10 @@ def write_shard(path: Path, shard: ShardLayout, data: Tensor) -> tuple[list[Stor
                     experts=experts_of(part.name, part.box),
                 )
             )  # fmt: skip
-        file.flush()
-        os.fsync(file.fileno())
     return chunks, bad
 
 
-def chunk_fault(file: io.BufferedReader, name: str, tensor: StoredTensor, chunk: StoredChunk) -> str | None:
+def chunk_fault(file: io.BufferedIOBase, name: str, tensor: StoredTensor, chunk: StoredChunk) -> str | None:
     """What is wrong with the stored bytes of a chunk, or None where they have the hash of the manifest."""
     digest, left = xxh3_128(), tensor.num_bytes(chunk)
     file.seek(chunk.start)
@@ -103,7 +101,7 @@ def chunk_fault(file: io.BufferedReader, name: str, tensor: StoredTensor, chunk:
     return None
 
 
-def read_part(file: io.BufferedReader, tensor: StoredTensor, chunk: StoredChunk, part: Box, target: Tensor) -> None:
+def read_part(file: io.BufferedIOBase, tensor: StoredTensor, chunk: StoredChunk, part: Box, target: Tensor) -> None:
     """Copy the `part` of a stored chunk into `target`, which has its size, through a buffer (or one row of dim 0)."""
     if not part.sizes:
         part, held, target = Box((0,), (1,)), Box((0,), (1,)), target.view(1)
@@ -123,7 +121,7 @@ def read_part(file: io.BufferedReader, tensor: StoredTensor, chunk: StoredChunk,
         target[first - rows.start : first - rows.start + count].copy_(block[(slice(None), *columns)])
 
 
-def header_fault(file: io.BufferedReader, name: str, held: Sequence[Stored]) -> str | None:
+def header_fault(file: io.BufferedIOBase, name: str, held: Sequence[Stored]) -> str | None:
     """What is wrong with the header of the file `name` that holds `held`, or None.
 
     The manifest decides every byte of a header, so no hash of it is kept: it is written again and compared.

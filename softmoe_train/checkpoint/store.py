@@ -10,7 +10,6 @@ The training waits for a copy into host memory and for the save before; all that
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch.distributed as dist
@@ -50,12 +49,15 @@ from softmoe_train.checkpoint.manifest import (
     read_mark,
     to_json,
 )
+from softmoe_train.checkpoint.owner import Owner
 from softmoe_train.checkpoint.plan import WritePlan, held_of, plan_writes
 from softmoe_train.checkpoint.reader import Loaded, check_hashes, copy_reads, file_faults, loaded, plan_reads
+from softmoe_train.checkpoint.remote import Place, RemotePath, place_problem
 from softmoe_train.checkpoint.staging import Staging
 from softmoe_train.checkpoint.writer import write_tensors
 from softmoe_train.config import Record
 from softmoe_train.dist import PendingMax
+from softmoe_train.observe.redact import without_secrets
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ logger = logging.getLogger(__name__)
 class CheckpointConfig(Record):
     """When to save and how much to keep."""
 
+    folder: str | None  # a folder, or a URL of an object store; None: `checkpoints` in the run folder
     every: Annotated[int, Field(ge=0)]  # steps; 0 saves only where a run ends
     keep_last: Annotated[int, Field(ge=1)]  # complete checkpoints
     keep_every: Annotated[int, Field(ge=1)] | None  # steps; checkpoints at its multiples are kept for ever
@@ -74,6 +77,9 @@ class CheckpointConfig(Record):
     @model_validator(mode="after")
     def _is_clear(self) -> "CheckpointConfig":
         problems = []
+        wrong = place_problem(self.folder) if self.folder is not None else None
+        if wrong is not None:
+            problems.append(f"checkpoint.folder={without_secrets(self.folder)}: {wrong}")
         if self.keep_every is not None and not self.every:
             problems.append(
                 f"checkpoint.keep_every={self.keep_every} with checkpoint.every=0, which saves only at the end; use null, or save "
@@ -103,7 +109,7 @@ class CheckpointStore:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         *,
         keep_last: int,
         keep_every: int | None = None,
@@ -119,12 +125,15 @@ class CheckpointStore:
         self.rank = rank
         self.world = world
         self.group = group
+        self._owner = Owner(folder)  # rank 0's counts
         self._planned: tuple[WritePlan, Staging] | None = None
-        self._background: Background[Path] = Background("checkpoint")
+        self._background: Background[Place] = Background("checkpoint")
 
     def prepare(self, tensors: Mapping[str, Tensor | DTensor]) -> None:
         """Plan the saves of `tensors` and take the host memory for them, so that the first waits no longer than those after it."""
-        self._agree("no checkpoint can be saved", lambda: _refuse_unfit(tensors))
+        what = "no checkpoint can be saved"
+        self._agree(what, lambda: _refuse_unfit(tensors))
+        self._from_rank_0(what, self._owner.hold)
         self._plan(tensors)
 
     @property
@@ -134,7 +143,7 @@ class CheckpointStore:
 
     def shortage(self, best: int | None) -> str | None:
         """On rank 0, that the disk has no room for the next save, in words; None where it has, or where nobody can tell."""
-        if self.rank != 0 or self._planned is None:
+        if self.rank != 0 or self._planned is None or isinstance(self.folder, RemotePath):
             return None
         complete, needed = step_folders(self.folder, complete=True), self._planned[0].bytes_of_all
         following = step_folder(self.folder, step_of(complete[-1]) + 1 if complete else 0)
@@ -148,7 +157,7 @@ class CheckpointStore:
         documents: Mapping[str, JSON],
         *,
         best: int | None = None,
-    ) -> Path:
+    ) -> Place:
         """Save the state of `step` and return its folder: `begin` and `settle`."""
         self.begin(step, tensors, documents, best=best)
         return self.settle() or step_folder(self.folder, step)
@@ -173,11 +182,11 @@ class CheckpointStore:
         staging.fill(tensors)
         self._background.start(lambda: self._write(path, texts, plan, staging, best))
 
-    def settle(self) -> Path | None:
+    def settle(self) -> Place | None:
         """Wait for the save that was begun and return its folder, None where there is none; raises CheckpointError where it failed."""
         return self._background.wait()
 
-    def latest(self) -> Path | None:
+    def latest(self) -> Place | None:
         """The folder of the newest complete checkpoint, or None; what has no completion mark does not exist."""
         found = self._from_rank_0(f"listing {self.folder}", lambda: step_folders(self.folder, complete=True)[-1:])
         return found[0] if found else None
@@ -187,10 +196,10 @@ class CheckpointStore:
         path = step_folder(self.folder, step)
         return self._from_rank_0(f"listing {self.folder}", lambda: path in step_folders(self.folder, complete=True))
 
-    def delete_from(self, step: int) -> list[Path]:
+    def delete_from(self, step: int) -> list[Place]:
         """Delete the checkpoints of `step` and of later ones, newest first; returns their folders."""
 
-        def stage() -> list[Path]:
+        def stage() -> list[Place]:
             gone = [path for path in reversed(step_folders(self.folder, complete=True)) if step_of(path) >= step]
             for path in gone:
                 delete(path)
@@ -198,23 +207,23 @@ class CheckpointStore:
 
         return self._from_rank_0(f"deleting checkpoints from step {step} on in {self.folder}", stage)
 
-    def read_documents(self, path: Path) -> dict[str, JSON]:
+    def read_documents(self, path: Place) -> dict[str, JSON]:
         """The JSON documents of the checkpoint `path`, each checked against the completion mark."""
         return self._agree(f"{path} cannot be read", lambda: read_documents(path))
 
-    def set_aside(self, path: Path, problems: Sequence[str]) -> None:
+    def set_aside(self, path: Place, problems: Sequence[str]) -> None:
         """Put the damaged checkpoint `path` where no loader looks, and say so with its `problems`; nothing is deleted."""
         place = self._from_rank_0(f"{path} is damaged and cannot be set aside", lambda: set_aside(path))
         if self.rank == 0:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             logger.warning("%s is damaged:\n%s\nit is set aside as %s", path, lines, place.name)
 
-    def folders_set_aside(self) -> list[Path]:
+    def folders_set_aside(self) -> list[Place]:
         """The damaged checkpoints that were set aside, by this run of the program or an earlier one."""
         return self._from_rank_0(f"listing {self.folder}", lambda: folders_set_aside(self.folder))
 
     def load(
-        self, path: Path, tensors: Mapping[str, Tensor | DTensor], *, prefix: str | tuple[str, ...] = ""
+        self, path: Place, tensors: Mapping[str, Tensor | DTensor], *, prefix: str | tuple[str, ...] = ""
     ) -> Loaded:
         """Fill `tensors` in place from the checkpoint `path`, saved at whatever world size and layout; says what was read.
 
@@ -243,8 +252,8 @@ class CheckpointStore:
         return self._planned
 
     def _write(
-        self, path: Path, texts: Mapping[str, bytes], plan: WritePlan, staging: Staging, best: int | None
-    ) -> Path:
+        self, path: Place, texts: Mapping[str, bytes], plan: WritePlan, staging: Staging, best: int | None
+    ) -> Place:
         """What of a save is not the copy; in the background."""
         what = f"{path} was not saved"
         if self._from_rank_0(what, lambda: self._make_way(path, plan.bytes_of_all, best)):
@@ -258,8 +267,9 @@ class CheckpointStore:
             self._from_rank_0(f"retention in {self.folder}", lambda: self._retain(best))
         return path
 
-    def _make_way(self, path: Path, needed: int, best: int | None) -> bool:
+    def _make_way(self, path: Place, needed: int, best: int | None) -> bool:
         """On rank 0: make the folder of a save of `needed` bytes; False where the step is complete already."""
+        self._owner.hold()
         complete = step_folders(self.folder, complete=True)
         if path in complete:
             return False
@@ -274,12 +284,12 @@ class CheckpointStore:
                 break
             delete_or_warn(old)
         if not has_room(path, needed):
-            path.rmdir()
+            delete(path)
             raise CheckpointError("no room", [room_fault(self.folder, needed)])
         flush_folder(self.folder)
         return True
 
-    def _complete(self, path: Path, manifest: Manifest | None, texts: Mapping[str, bytes]) -> None:
+    def _complete(self, path: Place, manifest: Manifest | None, texts: Mapping[str, bytes]) -> None:
         """On rank 0: write all that is not tensors, the mark last."""
         assert manifest is not None, "rank 0 holds the manifest"
         unseen = file_faults(path, manifest, manifest.files)
@@ -297,7 +307,7 @@ class CheckpointStore:
         for old in self._superfluous(step_folders(self.folder, complete=True), best):
             delete_or_warn(old)
 
-    def _superfluous(self, complete: list[Path], best: int | None) -> list[Path]:
+    def _superfluous(self, complete: list[Place], best: int | None) -> list[Place]:
         """Which of the complete checkpoints the retention has no use for, oldest first."""
         return [
             old
@@ -305,7 +315,7 @@ class CheckpointStore:
             if step_of(old) != best and not (self.keep_every is not None and step_of(old) % self.keep_every == 0)
         ]
 
-    def _early(self, path: Path, complete: list[Path], best: int | None) -> list[Path]:
+    def _early(self, path: Place, complete: list[Place], best: int | None) -> list[Place]:
         """The checkpoints that may go before `path` is complete, where there is no room for it beside them: those that would
         go then, but for the newest. None where `path` is to be the best, for then the best so far is among them."""
         gone = self._superfluous([*complete, path], best)
@@ -320,7 +330,7 @@ class CheckpointStore:
         return from_rank_0(what, stage, self.rank, self.group)
 
 
-def read_documents(path: Path) -> dict[str, JSON]:
+def read_documents(path: Place) -> dict[str, JSON]:
     """The JSON documents of the checkpoint `path`, each checked against the completion mark; for one process."""
     hashes = read_mark(path).documents
     return {name: json.loads(read_hashed(path / f"{name}.json", sha256)) for name, sha256 in hashes.items()}

@@ -1,7 +1,5 @@
 """This file owns the full check of a checkpoint folder, for whoever asks whether it can be trusted."""
 
-from pathlib import Path
-
 from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.manifest import (
     MANIFEST,
@@ -14,10 +12,11 @@ from softmoe_train.checkpoint.manifest import (
     read_mark,
 )
 from softmoe_train.checkpoint.reader import file_faults
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.shards import chunk_fault, header_fault
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Place) -> list[str]:
     """Every problem of the checkpoint `path` by name, or an empty list: documents, coverage, files, headers, hashes."""
     try:
         mark = read_mark(path)
@@ -36,7 +35,7 @@ def verify(path: Path) -> list[str]:
     return problems + [f"{p.name} does not belong here" for p in sorted(path.iterdir()) if p.name not in known]
 
 
-def _document_faults(path: Path, mark: Mark) -> list[str]:
+def _document_faults(path: Place, mark: Mark) -> list[str]:
     faults = []
     for name, sha256 in mark.documents.items():
         try:
@@ -46,7 +45,7 @@ def _document_faults(path: Path, mark: Mark) -> list[str]:
     return faults
 
 
-def _shard_faults(path: Path, file: str, held: list[Stored]) -> list[str]:
+def _shard_faults(path: Place, file: str, held: list[Stored]) -> list[str]:
     with (path / file).open("rb") as handle:
         faults = [chunk_fault(handle, *stored) for stored in held]
         faults.append(header_fault(handle, file, held))

@@ -1,13 +1,12 @@
 """This file owns the writing of a save's tensors: every rank its file, rank 0 the manifest of them all."""
 
-from pathlib import Path
-
 import torch.distributed as dist
 from pydantic import ValidationError
 
 from softmoe_train.checkpoint.agreement import CheckpointError, NotFiniteError, agree
 from softmoe_train.checkpoint.manifest import Manifest, StoredChunk, StoredTensor
 from softmoe_train.checkpoint.plan import Whole, WritePlan, gathered
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.shards import write_shard
 from softmoe_train.checkpoint.staging import Staging
 
@@ -15,7 +14,7 @@ Written = tuple[list[str], list[StoredChunk], int]  # names, their chunks, the s
 
 
 def write_tensors(
-    path: Path, plan: WritePlan, staging: Staging, rank: int, group: dist.ProcessGroup | None
+    path: Place, plan: WritePlan, staging: Staging, rank: int, group: dist.ProcessGroup | None
 ) -> Manifest | None:
     """Write every rank's staged part of the state into the folder `path`, flushed; rank 0 gets the manifest, others None.
 
@@ -27,7 +26,7 @@ def write_tensors(
     return agree(what, lambda: _manifest(plan.whole, results) if rank == 0 else None, rank, group)
 
 
-def _write(path: Path, staging: Staging, rank: int) -> Written:
+def _write(path: Place, staging: Staging, rank: int) -> Written:
     names = [part.name for part in staging.shard.parts]
     if not names:
         return [], [], 0

@@ -47,7 +47,10 @@ def train(overrides: list[str], *, print_only: bool) -> int:
 
 def _interrupted(config: RunConfig) -> str:
     """What an interruption cost, and how to go on."""
-    complete = step_folders(config.folder / "checkpoints", complete=True)
+    try:
+        complete = step_folders(config.checkpoints, complete=True)
+    except OSError as error:
+        return f"interrupted; the same command goes on from the last checkpoint of {config.folder} ({error})"
     if not complete:
         return f"interrupted before the first checkpoint of {config.folder}; the same command starts over"
     return f"interrupted; the same command goes on from step {step_of(complete[-1])} of {config.folder}"

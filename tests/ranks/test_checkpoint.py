@@ -17,8 +17,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from softmoe_train.checkpoint import CheckpointError, CheckpointStore, DamagedError, verify
+from softmoe_train.checkpoint.remote import place_of
 from tests.ranks.launch import RankFailedError, run_ranks
+from tests.unit.checkpoint import elsewhere
 
+STORE = elsewhere.__name__  # the import registers it, in every rank
 E, D, H = 8, 6, 5  # experts, width, hidden
 EXPERTS = "model.blocks.1.moe.experts.w1"
 Problems = tuple[list[str], bool]
@@ -71,7 +74,7 @@ def _expert(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def store_at(folder: str, rank: int, world: int, keep_last: int = 3) -> CheckpointStore:
     return CheckpointStore(
-        Path(folder), keep_last=keep_last, rank=rank, world=world, group=None if world == 1 else dist.group.WORLD
+        place_of(folder), keep_last=keep_last, rank=rank, world=world, group=None if world == 1 else dist.group.WORLD
     )
 
 
@@ -125,6 +128,13 @@ def test_it_loads_bit_equal_at_another_layout(saved: tuple[Path, list[tuple[str,
     for wrong, _, documents in run_ranks(_load, world, str(saved[0]), axis):
         assert wrong == []
         assert documents == {"config": {"seed": 1}, "loop": {"step": 200}}
+
+
+def test_ranks_save_into_an_object_store_and_load_from_it_at_another_layout(tmp_path: Path) -> None:
+    url = f"elsewhere://{tmp_path}/run"
+    assert [path for path, _ in run_ranks(_save, 2, url, 2)] == [f"{url}/step_00000200"] * 2
+    assert verify(place_of(f"{url}/step_00000200")) == []
+    assert [wrong for wrong, _, _ in run_ranks(_load, 2, url, 1)] == [[], []]
 
 
 def test_it_loads_bit_equal_in_one_process(saved: tuple[Path, list[tuple[str, str]]]) -> None:
