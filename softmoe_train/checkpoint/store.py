@@ -145,9 +145,13 @@ class CheckpointStore:
         """On rank 0, that the disk has no room for the next save, in words; None where it has, or where nobody can tell."""
         if self.rank != 0 or self._planned is None or isinstance(self.folder, RemotePath):
             return None
-        complete, needed = step_folders(self.folder, complete=True), self._planned[0].bytes_of_all
-        following = step_folder(self.folder, step_of(complete[-1]) + 1 if complete else 0)
-        spare = sum(folder_bytes(old) for old in self._early(following, complete, best))
+        needed = self._planned[0].bytes_of_all
+        try:
+            complete = step_folders(self.folder, complete=True)
+            following = step_folder(self.folder, step_of(complete[-1]) + 1 if complete else 0)
+            spare = sum(folder_bytes(old) for old in self._early(following, complete, best))
+        except OSError:  # a warning is not worth a rank: the next save will tell
+            return None
         return None if has_room(self.folder, needed - spare) else room_fault(self.folder, needed)
 
     def save(
