@@ -221,7 +221,9 @@ def _batches(state: TrainState, stream: ImageStream) -> Iterator[Batch]:
 
 
 def _save(state: TrainState, plan: Plan, save: Callable[..., None]) -> None:
-    save(state.step, state.engine.state_dict(), {**plan.documents, "loop": state.loop_document()}, state.best)
+    streak = state.bad_steps.streak  # a rollback must find a checkpoint from before it
+    before = None if streak is None or plan.bad_steps.then != "rollback" else streak.first_step
+    save(state.step, state.engine.state_dict(), {**plan.documents, "loop": state.loop_document()}, state.best, before)
 
 
 def _train_metrics(state: TrainState, report: StepReport, lr: float, broken: int) -> dict[str, float]:

@@ -52,6 +52,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
     with (
         process_group(world, device),
         claim(config.folder) if world.main else nullcontext() as held,
+        claim(config.claimed_apart) if world.main and config.claimed_apart is not None else nullcontext(),
         watched(world, minutes=config.hang_limit, folder=config.folder, exit_code=HUNG) as watch,
     ):
         clock.done("process group")
@@ -199,7 +200,12 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
 
 
 def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: SilentLog) -> Saver:
-    saver = Saver(store, max_failures=config.checkpoint.max_failures, warn=lambda text: log.alert("checkpoints", text))
+    saver = Saver(
+        store,
+        max_failures=config.checkpoint.max_failures,
+        warn=lambda text: log.alert("checkpoints", text),
+        best=state.best,
+    )
     if config.checkpoint.every and state.step < config.steps:
         store.prepare(state.engine.state_dict())
         saver.look_ahead()
@@ -219,7 +225,7 @@ def _roll_back(
     given_up_at = state.step
     resumed, gone = go_back(data, config, state, store, stream)
     title = f"rolled back from step {given_up_at} to {state.step}"
-    log.close(title, failed=False)
+    log.close(f"rolled back: from step {given_up_at} to {state.step}", failed=False)
     log = _log(config, held, state, resumed=resumed, startup=None)
     deleted = f"; {', '.join(path.name for path in gone)} deleted" if gone else ""
     log.alert(

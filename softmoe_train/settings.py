@@ -12,6 +12,7 @@ from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.best import metric_of
 from softmoe_train.checkpoint.folder import checkpoints_of, step_folders, step_of
 from softmoe_train.checkpoint.remote import Place, RemotePath, driver_problem, place_of
+from softmoe_train.checkpoint.saver import RETRY_SECONDS
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record, flat
 from softmoe_train.data import DataConfig, check_data
@@ -99,6 +100,12 @@ class RunConfig(Record):
         """Where its checkpoints are: in the run folder unless the settings say otherwise."""
         return self.folder / "checkpoints" if self.checkpoint.folder is None else place_of(self.checkpoint.folder)
 
+    @property
+    def claimed_apart(self) -> Path | None:
+        """The folder of the checkpoints where it needs a claim of its own: on a disk, and not in the run folder."""
+        apart = self.checkpoint.folder is not None and isinstance(self.checkpoints, Path)
+        return self.checkpoints if apart and self.checkpoints != self.folder else None  # pyright: ignore[reportReturnType]
+
     def as_saved(self) -> dict[str, Any]:
         """The configuration as it is kept and sent: secrets and signed URLs left out."""
         return without_secrets(self.model_dump())
@@ -114,6 +121,17 @@ FREE = {
 }  # fmt: skip
 
 
+def _retry_problems(config: RunConfig) -> list[str]:
+    """Why the tries of a last save would look like a hang."""
+    seconds = (config.checkpoint.max_failures - 1) * RETRY_SECONDS
+    if config.hang_limit is None or 60 * config.hang_limit > 2 * seconds:
+        return []
+    return [
+        f"hang_limit={config.hang_limit:g} with checkpoint.max_failures={config.checkpoint.max_failures}: a last save is tried again for "
+        f"{seconds:.0f} s, which would look like a hang; use a hang_limit above {2 * seconds / 60:g} minutes, or fewer failures"
+    ]
+
+
 def check(config: RunConfig, size: int, local_size: int) -> list[str]:
     """Every mistake in the combination of settings for a run on `size` ranks, `local_size` of them on a host.
 
@@ -121,7 +139,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
     """
     problems = compute_problems(config, size, local_size)
     problems += schedule_problems(config.schedule, config.steps)
-    problems += _best_problems(config)
+    problems += _best_problems(config) + _retry_problems(config)
     if config.bad_steps.then == "rollback" and config.checkpoint.keep_last == 1:
         problems.append(
             "bad_steps.then=rollback with checkpoint.keep_last=1: a run that is interrupted in the middle of bad steps would keep no "
@@ -237,6 +255,9 @@ def _folder_problems(config: RunConfig) -> list[str]:
     holder = owner(config.folder)
     if holder is not None:
         return [f"run_dir={config.run_dir} is in use by {holder}; wait for it to end or give another run_dir"]
+    holder = None if config.claimed_apart is None else owner(config.claimed_apart)
+    if holder is not None:
+        return [f"{_where(config)} is in use by {holder}; wait for it to end or give another checkpoint.folder"]
     return []
 
 

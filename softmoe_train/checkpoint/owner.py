@@ -12,7 +12,7 @@ OWNER = "OWNER.json"
 
 
 class Owner:
-    """The claim of one run on `folder`; a folder on a disk has none, for there the run folder is locked."""
+    """The claim of one run on `folder`; a folder on a disk has none, for there it is locked."""
 
     def __init__(self, folder: Place) -> None:
         self._folder = folder

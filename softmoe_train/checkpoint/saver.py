@@ -21,19 +21,24 @@ class Saver:
     is not finite raises NotFiniteError at once.
     """
 
-    def __init__(self, store: CheckpointStore, *, max_failures: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, store: CheckpointStore, *, max_failures: int, warn: Callable[[str], None], best: Best | None = None
+    ) -> None:
         self._store = store
         self._max_failures = max_failures
         self._warn = warn
         self._failures = 0
         self._step = -1  # of the save that was begun last
-        self._best: Best | None = None  # before that step was measured
+        self._best = best  # before that step was measured
 
     def settle(self, best: Best | None) -> Best | None:
         """Wait for the save that was begun; returns `best`, or the one before it where its checkpoint could not be saved."""
-        if self._has_failed() and best is not None and best.step == self._step:
+        failed = self._has_failed()
+        if failed and best is not None and best.step == self._step:
             best = self._best
         self._best = best
+        if not failed:
+            self.look_ahead()
         return best
 
     def look_ahead(self) -> None:
@@ -42,15 +47,29 @@ class Saver:
         if shortage is not None:
             self._warn(f"the next save will fail: {shortage}")
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, JSON], best: Best | None) -> None:
-        """Begin to save `step`; what was begun before must be settled."""
+    def begin(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        documents: Mapping[str, JSON],
+        best: Best | None,
+        before: int | None = None,
+    ) -> None:
+        """Begin to save `step`; what was begun before must be settled. The newest checkpoint from before step `before` is kept."""
         self._step = step
-        self._store.begin(step, tensors, documents, best=best.step if best is not None else None)
+        self._store.begin(step, tensors, documents, best=best.step if best is not None else None, before=before)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, JSON], best: Best | None) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        documents: Mapping[str, JSON],
+        best: Best | None,
+        before: int | None = None,
+    ) -> None:
         """Save `step` and wait for it, trying again for as long as `settle` would bear it."""
         while True:
-            self.begin(step, tensors, documents, best)
+            self.begin(step, tensors, documents, best, before)
             if not self._has_failed():
                 return
             time.sleep(RETRY_SECONDS)
@@ -60,7 +79,6 @@ class Saver:
         try:
             if self._store.settle() is not None:
                 self._failures = 0
-                self.look_ahead()
             return False
         except NotFiniteError as error:
             remedy = f"{self._standing()}: go on from there with a lower schedule.peak or optim.clip_norm (allow_changes=true)"

@@ -60,6 +60,7 @@ from softmoe_train.dist import PendingMax
 from softmoe_train.observe.redact import without_secrets
 
 T = TypeVar("T")
+Kept = tuple[int | None, int | None]  # the best step, and the step before which the newest is kept too
 logger = logging.getLogger(__name__)
 
 
@@ -149,7 +150,7 @@ class CheckpointStore:
         try:
             complete = step_folders(self.folder, complete=True)
             following = step_folder(self.folder, step_of(complete[-1]) + 1 if complete else 0)
-            spare = sum(folder_bytes(old) for old in self._early(following, complete, best))
+            spare = sum(folder_bytes(old) for old in self._early(following, complete, (best, None)))
         except OSError:  # a warning is not worth a rank: the next save will tell
             return None
         return None if has_room(self.folder, needed - spare) else room_fault(self.folder, needed)
@@ -161,9 +162,10 @@ class CheckpointStore:
         documents: Mapping[str, JSON],
         *,
         best: int | None = None,
+        before: int | None = None,
     ) -> Place:
         """Save the state of `step` and return its folder: `begin` and `settle`."""
-        self.begin(step, tensors, documents, best=best)
+        self.begin(step, tensors, documents, best=best, before=before)
         return self.settle() or step_folder(self.folder, step)
 
     def begin(
@@ -173,18 +175,19 @@ class CheckpointStore:
         documents: Mapping[str, JSON],
         *,
         best: int | None = None,
+        before: int | None = None,
     ) -> None:
         """Begin to save the state of `step`; when it returns, the tensors may change. The save before must have been settled.
 
         `documents` (rank 0's) become `<name>.json`. In the end older checkpoints are deleted, but for the last ones, those of
-        every n-th step, and that of step `best`. A plain tensor is the same on every rank. A step that is complete already is
+        every n-th step, that of step `best`, and the newest from before step `before`. A plain tensor is the same on every rank. A step that is complete already is
         left as it is: the state at a step is a function of the run, and replacing it would leave an instant without it.
         """
         path = step_folder(self.folder, step)
         texts = self._agree(f"{path} was not saved", lambda: _checked(tensors, documents))
         plan, staging = self._plan(tensors)
         staging.fill(tensors)
-        self._background.start(lambda: self._write(path, texts, plan, staging, best))
+        self._background.start(lambda: self._write(path, texts, plan, staging, (best, before)))
 
     def settle(self) -> Place | None:
         """Wait for the save that was begun and return its folder, None where there is none; raises CheckpointError where it failed."""
@@ -204,6 +207,7 @@ class CheckpointStore:
         """Delete the checkpoints of `step` and of later ones, newest first; returns their folders."""
 
         def stage() -> list[Place]:
+            self._owner.hold()
             gone = [path for path in reversed(step_folders(self.folder, complete=True)) if step_of(path) >= step]
             for path in gone:
                 delete(path)
@@ -217,7 +221,12 @@ class CheckpointStore:
 
     def set_aside(self, path: Place, problems: Sequence[str]) -> None:
         """Put the damaged checkpoint `path` where no loader looks, and say so with its `problems`; nothing is deleted."""
-        place = self._from_rank_0(f"{path} is damaged and cannot be set aside", lambda: set_aside(path))
+
+        def stage() -> Place:
+            self._owner.hold()
+            return set_aside(path)
+
+        place = self._from_rank_0(f"{path} is damaged and cannot be set aside", stage)
         if self.rank == 0:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             logger.warning("%s is damaged:\n%s\nit is set aside as %s", path, lines, place.name)
@@ -255,12 +264,10 @@ class CheckpointStore:
             self._planned = (plan, Staging(plan.shard, pinned=pinned))
         return self._planned
 
-    def _write(
-        self, path: Place, texts: Mapping[str, bytes], plan: WritePlan, staging: Staging, best: int | None
-    ) -> Place:
+    def _write(self, path: Place, texts: Mapping[str, bytes], plan: WritePlan, staging: Staging, kept: Kept) -> Place:
         """What of a save is not the copy; in the background."""
         what = f"{path} was not saved"
-        if self._from_rank_0(what, lambda: self._make_way(path, plan.bytes_of_all, best)):
+        if self._from_rank_0(what, lambda: self._make_way(path, plan.bytes_of_all, kept)):
             try:
                 manifest = write_tensors(path, plan, staging, self.rank, self.group)
                 self._from_rank_0(what, lambda: self._complete(path, manifest, texts))
@@ -268,10 +275,10 @@ class CheckpointStore:
                 if self.rank == 0:  # what was written may fill the disk
                     delete_or_warn(path)
                 raise
-            self._from_rank_0(f"retention in {self.folder}", lambda: self._retain(best))
+            self._from_rank_0(f"retention in {self.folder}", lambda: self._retain(kept))
         return path
 
-    def _make_way(self, path: Place, needed: int, best: int | None) -> bool:
+    def _make_way(self, path: Place, needed: int, kept: Kept) -> bool:
         """On rank 0: make the folder of a save of `needed` bytes; False where the step is complete already."""
         self._owner.hold()
         complete = step_folders(self.folder, complete=True)
@@ -283,7 +290,7 @@ class CheckpointStore:
         for stale in step_folders(self.folder, complete=False):
             (delete if stale == path else delete_or_warn)(stale)
         path.mkdir(parents=True)
-        for old in self._early(path, complete, best):
+        for old in self._early(path, complete, kept):
             if has_room(path, needed):
                 break
             delete_or_warn(old)
@@ -305,25 +312,34 @@ class CheckpointStore:
         text = manifest.model_dump_json().encode()
         write_flushed(path / MANIFEST, text)
         mark = mark_of(step_of(path), self.world, text, texts)
+        self._owner.hold()  # it may have become another run's while this was written
         write_whole(path / MARK, mark.model_dump_json(indent=1).encode())
 
-    def _retain(self, best: int | None) -> None:
-        for old in self._superfluous(step_folders(self.folder, complete=True), best):
-            delete_or_warn(old)
+    def _retain(self, kept: Kept) -> None:
+        try:
+            for old in self._superfluous(step_folders(self.folder, complete=True), kept):
+                delete_or_warn(old)
+        except OSError as error:  # what was saved is saved
+            logger.warning("older checkpoints in %s could not be looked through: %s", self.folder, error)
 
-    def _superfluous(self, complete: list[Place], best: int | None) -> list[Place]:
+    def _superfluous(self, complete: list[Place], kept: Kept) -> list[Place]:
         """Which of the complete checkpoints the retention has no use for, oldest first."""
+        best, before = kept
+        way_back = max(
+            (step_of(path) for path in complete if before is not None and step_of(path) < before), default=None
+        )
         return [
             old
             for old in complete[: -self.keep_last]
-            if step_of(old) != best and not (self.keep_every is not None and step_of(old) % self.keep_every == 0)
+            if step_of(old) not in (best, way_back)
+            and not (self.keep_every is not None and step_of(old) % self.keep_every == 0)
         ]
 
-    def _early(self, path: Place, complete: list[Place], best: int | None) -> list[Place]:
+    def _early(self, path: Place, complete: list[Place], kept: Kept) -> list[Place]:
         """The checkpoints that may go before `path` is complete, where there is no room for it beside them: those that would
         go then, but for the newest. None where `path` is to be the best, for then the best so far is among them."""
-        gone = self._superfluous([*complete, path], best)
-        return [] if best == step_of(path) else [old for old in gone if old != complete[-1]]
+        gone = self._superfluous([*complete, path], kept)
+        return [] if kept[0] == step_of(path) else [old for old in gone if old != complete[-1]]
 
     def _agree(self, what: str, stage: Callable[[], T]) -> T:
         assert self._background.is_ours, "a save is under way, and the group with it: settle it first"

@@ -78,7 +78,10 @@ def _print(overrides: list[str]) -> int:
 
 def closing(config: RunConfig, reason: str, overrides: list[str], world: World) -> str:
     """What a person wants to know at the end: how good, where, and how to go on."""
-    summary = json.loads((config.folder / "summary.json").read_text())
+    try:
+        summary = json.loads((config.folder / "summary.json").read_text())
+    except (OSError, ValueError):  # the disk of the run folder has failed, and that was told
+        summary = {"steps": "?", "images_seen": "?", "metrics": {}}
     again = [o for o in overrides if not o.startswith(("stop_after=", "processes="))]
     if world.size != compose(RunConfig, again, lambda _: []).processes:
         again.append(f"processes={world.size}")

@@ -36,10 +36,14 @@ class BadBatches:
             "ranks": bad.ranks,
             "samples": [sample._asdict() for sample in samples],
         }
-        self._append(json.dumps(line, allow_nan=False))
+        try:
+            self._append(json.dumps(line, allow_nan=False))
+            place = f"its samples are in {self._path}"
+        except OSError as error:  # a step is not worth the run
+            place = f"its samples could not be written to {self._path} ({error})"
         named = ", ".join(map(described, samples[:SHOWN]))
         rest = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
-        return [f"step {bad.step}: {bad.said}; its samples are in {self._path}: {named}{rest}"]
+        return [f"step {bad.step}: {bad.said}; {place}: {named}{rest}"]
 
     def _append(self, line: str) -> None:
         with self._path.open("a+b") as file:

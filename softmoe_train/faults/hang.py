@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Generic, NoReturn, Protocol, TypeVar
 
 from softmoe_train.dist import Board, World, lengthen_timeouts
@@ -138,7 +139,7 @@ class Watch:
         self._ending.set()
         try:
             step = 0 if self._state is None else self._state.step
-            own = report_of(self._world.rank, step, sys._current_frames().get(self._main), self._silence.seconds)
+            own = report_of(self._world.rank, step, busy_frame(self._main), self._silence.seconds)
             stacks = f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, {own}\n{stacks_of_all_threads()}\n"
             self._kept = "not written in time"
             within(self._answer_seconds, lambda: self._ask(own), lambda: self._keep(stacks))
@@ -202,6 +203,18 @@ class _Watched(Generic[T]):
         for batch in self._batches:
             self._sign()
             yield batch
+
+
+def busy_frame(main: int) -> FrameType | None:
+    """Where the main thread is; or the thread of a save, where the main thread waits for that."""
+    frames = sys._current_frames()
+    outward = frame = frames.get(main)
+    while outward is not None:
+        if outward.f_code.co_filename.endswith(os.path.join("checkpoint", "background.py")):
+            saving = [thread.ident for thread in threading.enumerate() if thread.name == "checkpoint"]
+            return next((frames[ident] for ident in saving if ident in frames), frame)
+        outward = outward.f_back
+    return frame
 
 
 def within(seconds: float, *works: Callable[[], object]) -> None:

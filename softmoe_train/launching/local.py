@@ -1,5 +1,6 @@
 """This file owns the local launch: worker processes on this machine under torch's elastic agent, and how they end."""
 
+import gc
 import logging
 import os
 import signal
@@ -41,6 +42,8 @@ def launch_local(processes: int, command: list[str], *, grace_seconds: int, told
     ended well (0) or with one of `told`. Must be called from the main thread: the workers die with it, and signals arrive there.
     """
     with ExitStack() as stack:
+        # The agent's rendezvous has a thread and refers to itself: collected in that thread by chance, it would complain.
+        stack.callback(gc.collect)
         log_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="softmoe_launch_"))
         stack.enter_context(worker_environment(processes))
         stack.enter_context(quiet_elastic())

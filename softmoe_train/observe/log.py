@@ -140,10 +140,12 @@ class RunLog(SilentLog):
 
         Call it in a `finally`: it gives the terminal its cursor back. The files are complete before W&B is waited for.
         """
-        self.ended(reason)
-        self._console.close()
-        if self._wandb_run is not None:
-            self._wandb_run.close(failed=failed)
+        try:
+            self.ended(reason)
+        finally:
+            self._console.close()
+            if self._wandb_run is not None:
+                self._wandb_run.close(failed=failed)
 
     def _write(self, ended: str | None) -> None:
         """Bring the files up to date. A disk that does not take them is one warning, and they are tried again at the next report.

@@ -55,7 +55,7 @@ def test_every_rank_shows_where_it_is_when_one_of_them_finds_a_hang(tmp_path: Pa
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path: Path) -> None:
-    run = Started(tmp_path, command(*RUN, "processes=2", "hang_limit=0.1"))
+    run = Started(tmp_path, command(*RUN, "processes=2", "hang_limit=0.1", "checkpoint.max_failures=1"))
     stopped = run.ranks[1]
     began = time.monotonic()
     os.kill(stopped, signal.SIGSTOP)

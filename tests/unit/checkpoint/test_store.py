@@ -294,6 +294,27 @@ def test_all_from_a_step_on_is_deleted_and_the_ones_before_stay(tmp_path: Path) 
     store.save(200, truth(), {})
 
 
+def test_the_newest_from_before_bad_steps_is_kept_as_the_way_back(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep_last=2)
+    store.save(100, truth(), {})
+    for step in (121, 123, 125):  # interrupted within a streak of bad steps that began at 120
+        store.save(step, truth(), {}, before=120)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000100", "step_00000123", "step_00000125"]
+    store.save(200, truth(), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000125", "step_00000200"]
+
+
+def test_a_retention_that_fails_leaves_a_save_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_in(tmp_path, keep_last=1)
+
+    def fails(*_: object) -> None:
+        raise OSError("the disk does not answer")
+
+    monkeypatch.setattr(store, "_superfluous", fails)
+    monkeypatch.setattr(store, "_early", lambda *_: [])
+    assert verify(store.save(1, truth(), {})) == []
+
+
 def test_a_step_that_is_complete_is_left_as_it_is(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     assert store_in(saved.parent).save(200, blank(truth()), {}) == saved

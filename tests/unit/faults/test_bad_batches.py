@@ -57,6 +57,12 @@ def test_what_comes_again_after_a_kill_is_not_repeated_and_a_torn_line_harms_no_
     assert torn_line == '{"step": 3, "first_sa'
 
 
+def test_a_disk_that_does_not_take_a_line_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    (said,) = file(tmp_path / "gone" / "bad_batches.jsonl").write(bad(2, [1]))
+    assert "step 2: the loss was not finite; its samples could not be written to " in said
+    assert said.endswith("5 (a.tar key 5), 7 (a.tar key 7)")
+
+
 def test_the_file_has_an_end_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bad_batches, "MOST", 3)
     path = tmp_path / "bad_batches.jsonl"

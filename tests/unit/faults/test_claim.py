@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_train.config import ConfigError, compose
 from softmoe_train.faults.claim import claim, owner
+from softmoe_train.settings import RunConfig, check
 from tests.runs import environment
 
 # Claims the folder and forks a child that outlives it, as a decode worker does.
@@ -41,6 +43,24 @@ def test_a_second_claim_is_refused_with_the_owner(tmp_path: Path, holder: tuple[
     assert (owner(tmp_path) or "").startswith(f"process {process.pid} on ")
     with pytest.raises(BlockingIOError, match=f"in use by process {process.pid} on"), claim(tmp_path):
         pass
+    process.kill()
+    process.wait()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_of_checkpoints_that_another_run_holds_is_refused(
+    tmp_path: Path, holder: tuple[subprocess.Popen[str], int]
+) -> None:
+    process, child = holder
+    with pytest.raises(ConfigError) as told:
+        compose(
+            RunConfig,
+            ["recipe=debug", f"run_dir={tmp_path}/run", f"checkpoint.folder={tmp_path}", "hang_limit=0.5"],
+            lambda config: check(config, 1, 1),
+        )
+    in_use, retries = sorted(told.value.problems)
+    assert in_use.startswith(f"checkpoint.folder={tmp_path} is in use by process {process.pid} on ")
+    assert retries.startswith("hang_limit=0.5 with checkpoint.max_failures=3: a last save is tried again for 20 s")
     process.kill()
     process.wait()
     os.kill(child, signal.SIGKILL)

@@ -1,11 +1,15 @@
 """What people are told of a hang: which rank the others wait for, and where all are."""
 
 import sys
+import threading
+import time
 from types import FrameType
 
 import pytest
 
 from softmoe_train.checkpoint.agreement import agree
+from softmoe_train.checkpoint.background import Background
+from softmoe_train.faults.hang import busy_frame
 from softmoe_train.faults.whereabouts import Report, duration, report_of, suspects, told
 
 REDUCE = "all_reduce called by sum_over_world (softmoe_train/dist.py:131)"
@@ -70,3 +74,22 @@ def test_a_place_is_where_our_code_is_and_what_it_called() -> None:
 
 def test_minutes_are_told_as_minutes() -> None:
     assert [duration(6.4), duration(119), duration(1204)] == ["6 seconds", "119 seconds", "20 minutes"]
+
+
+def test_a_main_thread_that_waits_for_a_save_is_where_the_save_is() -> None:
+    background: Background[bool] = Background("checkpoint")
+    go_on = threading.Event()
+    background.start(lambda: go_on.wait(30))
+    main = threading.Thread(target=background.wait)
+    main.start()
+    try:
+        until = time.monotonic() + 10
+        names: list[str] = []
+        while "_run" not in names and time.monotonic() < until:
+            frame, names = busy_frame(main.ident or 0), []
+            while frame is not None:
+                names, frame = [*names, frame.f_code.co_name], frame.f_back
+        assert "_run" in names, names  # of the save's thread
+    finally:
+        go_on.set()
+        main.join()
