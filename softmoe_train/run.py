@@ -5,10 +5,11 @@ Read this file first, then loop.py, then model/moe.py.
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 
+from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.audit import Audit
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
@@ -86,7 +87,8 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
                 watch.wait_for_the_end()
                 reason = f"failed: {type(error).__name__}: {error}"
                 if isinstance(error, BadStepsError):  # every rank's alike, and what was begun before it is good
-                    saver.settle(None)
+                    with suppress(CheckpointError):  # or it would be told in place of the bad steps
+                        saver.settle(None)
                 raise
             finally:
                 log.close(reason, failed=reason.startswith("failed"))
