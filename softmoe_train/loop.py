@@ -142,7 +142,9 @@ def fit(
     Or it returns the bad data to pass over: the caller goes back to a state from before it, and calls again.
     """
     if state.step == 0 and plan.bad_steps.then == "rollback":
-        _save(state, plan, saver.save)  # before workers start; or there is nothing to go back to, until the first checkpoint
+        _save(
+            state, plan, saver.save
+        )  # before workers start; or there is nothing to go back to, until the first checkpoint
     device = state.engine.device
     meter, watch = Meter(device), StepWatch(plan.bad_steps, plan.bad_batches, log)
     broken = 0

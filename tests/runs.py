@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,17 @@ def children_of(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     found = [int(child) for child in text.split()]
     return [child for child in found if b"softmoe_train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def ending(work: Callable[[], None]) -> tuple[int, float]:
+    """The exit code of a forked child that does `work`, or minus the signal that ended it, and how many seconds it took."""
+    begin, child = time.monotonic(), os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - begin
 
 
 def alive(pid: int) -> bool:

@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from softmoe_train.dist import World, process_group
 from softmoe_train.faults.hang import DAY_SECONDS, Silence, watched
 from softmoe_train.launching.worker import HUNG
+from tests.runs import ending
 
 ALONE = World(0, 1, 0, 1)
 LIMIT = 0.5  # seconds
@@ -33,17 +33,6 @@ def test_only_time_that_the_process_lived_through_is_silence() -> None:
     assert after(7200, 1) == 21  # it was stopped: that is two looks, not two hours
     assert after(7200, 2) == 0
     assert [after(5, 2), after(5, 3), after(5, 3)] == [5, 0, 5]
-
-
-def ending(work: Callable[[], None]) -> tuple[int, float]:
-    """The exit code of a child that does `work`, and how long it took."""
-    begin, child = time.monotonic(), os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - begin
 
 
 def stick(folder: Path) -> None:

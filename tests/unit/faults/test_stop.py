@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from softmoe_train.dist import World
 from softmoe_train.faults.stop import ASKING, ONE_SIGNAL_SECONDS, AgreedStop, agreed_stop, listening
+from tests.runs import ending
 
 ALONE = World(0, 1, 0, 1)
 
@@ -25,17 +26,6 @@ def until(condition: Callable[[], bool]) -> None:
 
 def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in ASKING]
-
-
-def ending(work: Callable[[], None]) -> tuple[int, float]:
-    """The exit code of a child that does `work`, or minus the signal that ended it, and how long it took."""
-    begin, child = time.monotonic(), os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - begin
 
 
 @pytest.mark.parametrize("number", ASKING)
