@@ -27,9 +27,10 @@ DTYPES = {
 DOCUMENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 JSON = dict[str, "JSON"] | list["JSON"] | str | int | float | bool | None
+Documents = Mapping[str, JSON]  # by name, each a file beside the tensors
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Xxh128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # of XXH3: 20 times as fast, for bytes that nobody forges
+Xxh128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # of XXH3: 15 times as fast, for bytes that nobody forges
 # A plain base name: nothing that leaves the folder can be written in it.
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.safetensors$")]
 DocumentName = Annotated[str, Field(pattern=rf"^{DOCUMENT_NAME.pattern}$")]

@@ -16,6 +16,7 @@ from softmoe_train.checkpoint.agreement import agree
 from softmoe_train.checkpoint.layout import Box, local_box
 from softmoe_train.checkpoint.shards import Part, ShardLayout, shard_layout
 
+Tensors = Mapping[str, Tensor | DTensor]
 Whole = dict[str, tuple[tuple[int, ...], torch.dtype]]  # global shape and dtype by name
 Held = dict[str, tuple[torch.Size, torch.dtype, Box]]  # global shape, dtype, and the box that a rank holds, by name
 
@@ -34,12 +35,12 @@ class WritePlan:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.whole.values())
 
 
-def held_of(tensors: Mapping[str, Tensor | DTensor]) -> Held:
+def held_of(tensors: Tensors) -> Held:
     """What of `tensors` this rank holds: as long as it is the same on every rank, so is the plan."""
     return {name: (tensor.shape, tensor.dtype, local_box(name, tensor)) for name, tensor in tensors.items()}
 
 
-def plan_writes(tensors: Mapping[str, Tensor | DTensor], rank: int, group: dist.ProcessGroup | None) -> WritePlan:
+def plan_writes(tensors: Tensors, rank: int, group: dist.ProcessGroup | None) -> WritePlan:
     """Plan the writing of `tensors`; every rank calls it and raises CheckpointError alike.
 
     A box that several ranks hold is written by the one of them that has the fewest bytes so far.

@@ -2,8 +2,8 @@
 
 Three stages, each finished on every rank before the next begins: coverage (nothing is opened but JSON), hashes (each
 chunk that a rank needs, and the header of its file, is read once through a buffer), copy (the needed rows are read
-again, now from the page cache, straight into the target). Two passes cost a second read but keep host memory at one buffer, and no target is touched
-before all that every rank needs is known to be good.
+again, now from the page cache, straight into the target). Two passes cost a second read but keep host memory at one
+buffer, and no target is touched before all that every rank needs is known to be good.
 """
 
 import math

@@ -1,13 +1,12 @@
 """This file owns how a run saves: in the background while it trains on, and what is done about a save that fails."""
 
 import time
-from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from collections.abc import Callable
 
 from softmoe_train.checkpoint.agreement import CheckpointError, NotFiniteError
 from softmoe_train.checkpoint.best import Best
-from softmoe_train.checkpoint.manifest import JSON
+from softmoe_train.checkpoint.manifest import Documents
+from softmoe_train.checkpoint.plan import Tensors
 from softmoe_train.checkpoint.store import CheckpointStore
 
 RETRY_SECONDS = 10.0  # at the end of a run, where there is no step left to take in between
@@ -48,24 +47,14 @@ class Saver:
             self._warn(f"the next save will fail: {shortage}")
 
     def begin(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        documents: Mapping[str, JSON],
-        best: Best | None,
-        before: int | None = None,
+        self, step: int, tensors: Tensors, documents: Documents, best: Best | None, before: int | None = None
     ) -> None:
         """Begin to save `step`; what was begun before must be settled. The newest checkpoint from before step `before` is kept."""
         self._step = step
         self._store.begin(step, tensors, documents, best=best.step if best is not None else None, before=before)
 
     def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        documents: Mapping[str, JSON],
-        best: Best | None,
-        before: int | None = None,
+        self, step: int, tensors: Tensors, documents: Documents, best: Best | None, before: int | None = None
     ) -> None:
         """Save `step` and wait for it, trying again for as long as `settle` would bear it."""
         while True:

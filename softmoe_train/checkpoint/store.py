@@ -14,8 +14,6 @@ from typing import Annotated, TypeVar
 
 import torch.distributed as dist
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from softmoe_train.checkpoint.agreement import CheckpointError, agree, from_rank_0
 from softmoe_train.checkpoint.background import Background
@@ -42,6 +40,7 @@ from softmoe_train.checkpoint.manifest import (
     JSON,
     MANIFEST,
     MARK,
+    Documents,
     Manifest,
     mark_of,
     read_hashed,
@@ -50,7 +49,7 @@ from softmoe_train.checkpoint.manifest import (
     to_json,
 )
 from softmoe_train.checkpoint.owner import Owner
-from softmoe_train.checkpoint.plan import WritePlan, held_of, plan_writes
+from softmoe_train.checkpoint.plan import Tensors, WritePlan, held_of, plan_writes
 from softmoe_train.checkpoint.reader import Loaded, check_hashes, copy_reads, file_faults, loaded, plan_reads
 from softmoe_train.checkpoint.remote import Place, RemotePath, place_problem
 from softmoe_train.checkpoint.staging import Staging
@@ -130,7 +129,7 @@ class CheckpointStore:
         self._planned: tuple[WritePlan, Staging] | None = None
         self._background: Background[Place] = Background("checkpoint")
 
-    def prepare(self, tensors: Mapping[str, Tensor | DTensor]) -> None:
+    def prepare(self, tensors: Tensors) -> None:
         """Plan the saves of `tensors` and take the host memory for them, so that the first waits no longer than those after it."""
         what = "no checkpoint can be saved"
         self._agree(what, lambda: _refuse_unfit(tensors))
@@ -155,24 +154,16 @@ class CheckpointStore:
             return None
         return None if has_room(self.folder, needed - spare) else room_fault(self.folder, needed)
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor | DTensor],
-        documents: Mapping[str, JSON],
-        *,
-        best: int | None = None,
-        before: int | None = None,
-    ) -> Place:
-        """Save the state of `step` and return its folder: `begin` and `settle`."""
-        self.begin(step, tensors, documents, best=best, before=before)
+    def save(self, step: int, tensors: Tensors, documents: Documents, **kept: int | None) -> Place:
+        """Save the state of `step` and return its folder: `begin`, which says what may be kept, and `settle`."""
+        self.begin(step, tensors, documents, **kept)
         return self.settle() or step_folder(self.folder, step)
 
     def begin(
         self,
         step: int,
-        tensors: Mapping[str, Tensor | DTensor],
-        documents: Mapping[str, JSON],
+        tensors: Tensors,
+        documents: Documents,
         *,
         best: int | None = None,
         before: int | None = None,
@@ -180,8 +171,9 @@ class CheckpointStore:
         """Begin to save the state of `step`; when it returns, the tensors may change. The save before must have been settled.
 
         `documents` (rank 0's) become `<name>.json`. In the end older checkpoints are deleted, but for the last ones, those of
-        every n-th step, that of step `best`, and the newest from before step `before`. A plain tensor is the same on every rank. A step that is complete already is
-        left as it is: the state at a step is a function of the run, and replacing it would leave an instant without it.
+        every n-th step, that of step `best`, and the newest from before step `before`. A plain tensor is the same on every
+        rank. A step that is complete already is left as it is: the state at a step is a function of the run, and replacing it
+        would leave an instant without it.
         """
         path = step_folder(self.folder, step)
         texts = self._agree(f"{path} was not saved", lambda: _checked(tensors, documents))
@@ -235,9 +227,7 @@ class CheckpointStore:
         """The damaged checkpoints that were set aside, by this run of the program or an earlier one."""
         return self._from_rank_0(f"listing {self.folder}", lambda: folders_set_aside(self.folder))
 
-    def load(
-        self, path: Place, tensors: Mapping[str, Tensor | DTensor], *, prefix: str | tuple[str, ...] = ""
-    ) -> Loaded:
+    def load(self, path: Place, tensors: Tensors, *, prefix: str | tuple[str, ...] = "") -> Loaded:
         """Fill `tensors` in place from the checkpoint `path`, saved at whatever world size and layout; says what was read.
 
         Every stored tensor whose name begins with `prefix` (or one of them) must be asked for, and none besides. All that is
@@ -254,7 +244,7 @@ class CheckpointStore:
         )
         return loaded(manifest, prefix, mark.world)
 
-    def _plan(self, tensors: Mapping[str, Tensor | DTensor]) -> tuple[WritePlan, Staging]:
+    def _plan(self, tensors: Tensors) -> tuple[WritePlan, Staging]:
         """The plan and the memory of the last save where this rank, and every other, holds the same as then."""
         same = self._planned is not None and self._planned[0].held == held_of(tensors)
         if PendingMax(int(not same), self.group).wait() or self._planned is None:
@@ -356,7 +346,7 @@ def read_documents(path: Place) -> dict[str, JSON]:
     return {name: json.loads(read_hashed(path / f"{name}.json", sha256)) for name, sha256 in hashes.items()}
 
 
-def _texts(documents: Mapping[str, JSON]) -> dict[str, bytes]:
+def _texts(documents: Documents) -> dict[str, bytes]:
     taken = (MARK.lower(), MANIFEST)
     wrong = [name for name in documents if not DOCUMENT_NAME.fullmatch(name) or f"{name}.json" in taken]
     if wrong:
@@ -365,12 +355,12 @@ def _texts(documents: Mapping[str, JSON]) -> dict[str, bytes]:
     return {name: to_json(value, name) for name, value in documents.items()}
 
 
-def _checked(tensors: Mapping[str, Tensor | DTensor], documents: Mapping[str, JSON]) -> dict[str, bytes]:
+def _checked(tensors: Tensors, documents: Documents) -> dict[str, bytes]:
     _refuse_unfit(tensors)
     return _texts(documents)
 
 
-def _refuse_unfit(tensors: Mapping[str, Tensor | DTensor]) -> None:
+def _refuse_unfit(tensors: Tensors) -> None:
     problems = []
     for name, tensor in tensors.items():
         if not name or name == "__metadata__":
