@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -68,10 +67,3 @@ class Agent:
         code = self.process.wait(PATIENCE)
         assert not any(alive(worker) for worker in workers)
         return code
-
-
-def free_endpoint() -> str:
-    """A port of this host that was free a moment ago."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{one.getsockname()[1]}"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.nodes.agents import Agent, free_endpoint
+from tests.nodes.agents import Agent
+from tests.ports import free_ports
 from tests.runs import metrics, same_bits, softmoe, stored
 
 RUN = ["recipe=debug", "observe.every=1", "checkpoint.every=10", "checkpoint.keep_last=3", "evals.upstream.every=0"]
@@ -23,7 +24,7 @@ Start = Callable[..., Agent]
 def nodes(folder: Path, overrides: list[str], **common: Any) -> Iterator[Start]:
     """A function that starts the named node; what still runs at the end is killed."""
     started: list[Agent] = []
-    endpoint = free_endpoint()
+    endpoint = f"127.0.0.1:{free_ports(1)[0]}"
 
     def start(name: str, **more: Any) -> Agent:
         started.append(

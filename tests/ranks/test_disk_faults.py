@@ -22,8 +22,8 @@ from softmoe_train.engine.torch_engine import TorchEngine
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
 from tests.disks import fill, forbid, permit, small_disk
+from tests.ports import free_ports
 from tests.ranks.launch import run_ranks
-from tests.ranks.test_interruption import free_ports
 from tests.runs import metrics, same_bits, stored
 
 STEPS = 16

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from softmoe_train.dist import World, lengthen_timeouts, process_group, sum_over_world
 from softmoe_train.faults.hang import watched
 from softmoe_train.launching.worker import HUNG
+from tests.ports import free_ports
 from tests.ranks.launch import RankFailedError, run_ranks
-from tests.ranks.test_interruption import RUN, Started, free_ports
+from tests.ranks.test_interruption import RUN, Started
 from tests.runs import command
 
 

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGINT, SIGSTOP, SIGTERM, SIGUSR1
 from types import SimpleNamespace
@@ -27,6 +25,7 @@ from softmoe_train.launching.local import ONE_SIGNAL_SECONDS
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
+from tests.ports import free_ports
 from tests.ranks.launch import run_ranks
 from tests.runs import alive, children_of, command, environment, metrics, same_bits, softmoe, stored, with_digits
 
@@ -122,14 +121,6 @@ def at_the_terminal(run: Started) -> None:
 
 def by_torchrun(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", *command(*overrides)]
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @pytest.fixture(scope="module")

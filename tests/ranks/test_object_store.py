@@ -2,7 +2,6 @@
 
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
 from tests.runs import alive, children_of, command, environment, metrics, same_bits, softmoe, stored
 
 pytestmark = pytest.mark.full
@@ -25,9 +25,7 @@ def server(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment in which s3:// is a server with one bucket."""
     s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     names = {
         "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1",

@@ -22,8 +22,8 @@ from softmoe_train.engine.torch_engine import TorchEngine
 from softmoe_train.faults.bad_steps import BadStepsError
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
+from tests.ports import free_ports
 from tests.ranks.launch import run_ranks
-from tests.ranks.test_interruption import free_ports
 from tests.runs import metrics, same_bits, stored
 
 STEPS, BATCH = 14, 16

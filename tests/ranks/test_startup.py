@@ -12,8 +12,8 @@ from softmoe_train.dist import World
 from softmoe_train.observe.startup import Startup
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
+from tests.ports import free_ports
 from tests.ranks.launch import run_ranks
-from tests.ranks.test_interruption import free_ports
 
 COSTLY = (
     "wandb",
