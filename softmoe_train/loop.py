@@ -4,7 +4,8 @@ Nothing in a step waits for the device: reports hold tensors, which are read onl
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from softmoe_train.engine.protocol import Engine, GradStats
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import NONE_YET, BadData, BadSteps, BadStepsConfig, may_stand, past
 from softmoe_train.faults.step_watch import StepWatch
+from softmoe_train.model.routing import MEASURES
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter
 
@@ -106,6 +108,7 @@ class Plan:
     best: str | None  # "highest METRIC" or "lowest METRIC", of what evaluators measure: that checkpoint is kept
     bad_steps: BadStepsConfig
     bad_batches: BadBatches | None  # where bad steps are written down; None on all ranks but the first
+    expert_blocks: Sequence[int]  # whose routers may tell something
     documents: Mapping[str, Any]  # saved beside the loop state: the resolved run, the stream's fingerprint
 
     @property
@@ -180,6 +183,7 @@ def fit(
             log.message(f"{asked}: saving step {state.step}, then ending")
         if reports:
             metrics = _train_metrics(state, report, lr, broken)
+            metrics |= _routing_metrics(plan.expert_blocks, report.grads.told)
             log.report(state.step, state.images_seen, metrics | meter.read())
             broken = 0
         with meter.paused():
@@ -239,6 +243,17 @@ def _train_metrics(state: TrainState, report: StepReport, lr: float, broken: int
         "data/broken_samples": state.broken_samples,
     }
     return metrics | {name: count for name, count in counts.items() if count}
+
+
+def _routing_metrics(blocks: Sequence[int], told: Tensor | None) -> dict[str, float]:
+    """What routers tell of the global batch: means over its groups, and the auxiliary losses of all blocks together."""
+    if told is None:
+        return {}
+    measures = [dict(zip(MEASURES, values, strict=True)) for values in sum_over_world(told.double()).tolist()]
+    metrics: dict[str, float] = {"train/auxiliary_loss": math.fsum(of.pop("auxiliary_loss") for of in measures)}
+    for block, of in zip(blocks, measures, strict=True):
+        metrics |= {f"router/{block}/{name}": value for name, value in of.items()}
+    return metrics
 
 
 def _name_broken(batch: Batch) -> int:

@@ -28,7 +28,7 @@ from softmoe_train.faults.hang import Watch, watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
 from softmoe_train.launching.worker import HUNG, RESUME
 from softmoe_train.loop import Evaluator, Plan, TrainState, fit
-from softmoe_train.model.moe import moe_blocks
+from softmoe_train.model.records import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
 from softmoe_train.observe.startup import Startup
@@ -308,5 +308,6 @@ def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
         best=config.checkpoint.best,
         bad_steps=config.bad_steps,
         bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
+        expert_blocks=moe_blocks(config.model.moe.blocks, config.model.depth),
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )

@@ -21,7 +21,7 @@ from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
-from softmoe_train.model.vit import ModelConfig
+from softmoe_train.model.records import ModelConfig
 from softmoe_train.observe.log import ObserveConfig
 from softmoe_train.observe.redact import without_secrets
 from softmoe_train.optim.average import AverageConfig
@@ -170,12 +170,33 @@ def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]
     elif config.batch_size % size == 0 and not problems:
         images = config.batch_size // (size * config.micro_batches)
         problems += chunk_problems(config.parallel, num_experts=experts, size=size, images=images)
-    problems += _void_problems(config)
+    problems += _group_problems(config, size) + _void_problems(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda, but torch sees no CUDA device here; use device=cpu or auto")
     if isinstance(config.engine, DeepSpeedConfig):
         problems += deepspeed_problems(decided(config, config.engine, size))
     return problems
+
+
+def _group_problems(config: RunConfig, size: int) -> list[str]:
+    """Why routing groups of several images would not be runs of consecutive global samples, whole in one micro-batch."""
+    n = config.model.group_images
+    key = f"model.moe.sparse.group_images={n}"
+    problems, streams, parts = [], config.data.streams, size * config.micro_batches
+    if config.batch_size % (parts * n):
+        problems.append(
+            f"{key} does not divide the {config.batch_size / parts:g} images of a micro-batch on each of {size} ranks; use a divisor, or a "
+            f"batch_size that is a multiple of {parts * n}"
+        )
+    if streams % (size * n):
+        problems.append(
+            f"{key} does not divide the {streams / size:g} consecutive samples that each of {size} ranks has of data.streams={streams}; use "
+            f"a divisor, or streams that are a multiple of {size * n}"
+        )
+    upstream = config.evals.upstream
+    if upstream is not None and upstream.batch_size % n:
+        problems.append(f"{key} does not divide evals.upstream.batch_size={upstream.batch_size}; use a multiple of {n}")
+    return problems if n > 1 else []
 
 
 def _void_problems(config: RunConfig) -> list[str]:

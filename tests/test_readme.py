@@ -126,7 +126,7 @@ def test_exported_weights_of_its_run_load_without_this_package(
     store.load(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, prefix="model.")
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     # Sums in another order, in float32.
-    torch.testing.assert_close(plain_logits(weights, images), model(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain_logits(weights, images), model(images).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_names_in_the_readme_are_those_of_the_file() -> None:

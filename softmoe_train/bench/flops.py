@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_train.model.products import product_dtype
-from softmoe_train.model.vit import ModelConfig, ViT
+from softmoe_train.model.records import ModelConfig
+from softmoe_train.model.vit import ViT
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm: 2, aten.bmm: 2, aten.addmm: 3, aten.baddbmm: 3}  # and the number of arguments up to the factors
@@ -32,7 +33,7 @@ def _counted(config: ModelConfig, *, backward: bool) -> int:
     plain = sdpa_kernel(SDPBackend.MATH)
     with FakeTensorMode(), plain, torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
         model = ViT(config)
-        logits = model(torch.empty(1, 3, config.image_size, config.image_size, dtype=torch.uint8))
+        logits = model(torch.empty(1, 3, config.image_size, config.image_size, dtype=torch.uint8)).logits
         if backward:
             logits.sum().backward()
     return counter.get_total_flops()

@@ -10,8 +10,8 @@ from softmoe_train.bench.rounds import Side, Timings, measure, no_reset
 from softmoe_train.bench.settings import InferSettings
 from softmoe_train.bench.table import Outcome, milliseconds, progress, ratio
 from softmoe_train.model.init import initialize
-from softmoe_train.model.moe import moe_blocks
-from softmoe_train.model.vit import ModelConfig, ViT, build_model
+from softmoe_train.model.records import ModelConfig, moe_blocks
+from softmoe_train.model.vit import ViT, build_model
 from softmoe_train.settings import RunConfig
 
 SOFT, DENSE = "soft", "dense"

@@ -15,10 +15,12 @@ from softmoe_train.bench.flops import Executed, multiplies
 from softmoe_train.bench.memory import Memory, count_memory
 from softmoe_train.bench.peers import Autocast, build_peers
 from softmoe_train.bench.rounds import Side, Timings, measure, no_reset
+from softmoe_train.config import config_folder, load_yaml
 from softmoe_train.model.init import initialize
 from softmoe_train.model.layers import Mlp
-from softmoe_train.model.moe import MoE, MoEConfig
+from softmoe_train.model.moe import MoE
 from softmoe_train.model.products import product_dtype
+from softmoe_train.model.records import MoEConfig
 
 OURS, FLOOR, DENSE = "layer", "products", "dense MLP"
 
@@ -81,10 +83,10 @@ def measure_layer(
     with Executed() as executed:
         ours.run()
     ours.reset()
-    memory = count_memory(lambda: layer(x), layer.parameters(), gradient, device)
+    memory = count_memory(lambda: layer(x)[0], layer.parameters(), gradient, device)
     ours.reset()
     recomputed = count_memory(
-        lambda: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False),  # pyright: ignore[reportArgumentType]
+        lambda: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)[0],
         layer.parameters(),
         gradient,
         device,
@@ -116,13 +118,9 @@ def measure_layer(
 
 def build_layer(shape: LayerShape, device: torch.device) -> MoE:
     """A MoE layer with experts that differ."""
-    config = MoEConfig(
-        blocks=[],
-        router="soft",
-        num_experts=shape.experts,
-        slots_per_expert=shape.slots,
-        expert_init="independent",
-    )
+    base = load_yaml(config_folder() / "model" / "_base.yaml")["moe"]
+    asked = {"num_experts": shape.experts, "slots_per_expert": shape.slots, "expert_init": "independent"}
+    config = MoEConfig(**{**base, **asked})
     with torch.device("meta"):
         layer = MoE(config, shape.width, shape.hidden)
     layer.to_empty(device=device)
@@ -142,7 +140,8 @@ def build_dense(shape: LayerShape, device: torch.device) -> Mlp:
 
 def _side(name: str, module: nn.Module, x: Tensor, gradient: Tensor) -> Side:
     def run() -> None:
-        module(x).backward(gradient)
+        output = module(x)
+        (output[0] if isinstance(module, MoE) else output).backward(gradient)
 
     def reset() -> None:
         module.zero_grad()

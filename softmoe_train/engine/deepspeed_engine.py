@@ -21,10 +21,11 @@ from softmoe_train.data.batch import Batch
 from softmoe_train.dist import laid_out_as, local_offsets, local_values
 from softmoe_train.engine.deepspeed_config import Decided, settings
 from softmoe_train.engine.deepspeed_state import HeldState, PartitionedState, ReplicatedState
+from softmoe_train.engine.objective import Objective
 from softmoe_train.engine.protocol import GradStats
 from softmoe_train.model.init import LocalPart, initialize
-from softmoe_train.model.loss import LossKind, classification_loss
-from softmoe_train.model.vit import ViT
+from softmoe_train.model.loss import LossKind
+from softmoe_train.model.vit import Predictions, ViT
 from softmoe_train.optim.average import AverageConfig, WeightAverage
 from softmoe_train.optim.build import OptimConfig, elementwise_optimizer, start_state, state_keys
 from softmoe_train.parallel.compile import compile_blocks
@@ -51,6 +52,7 @@ class DeepSpeedEngine:
         average: AverageConfig | None,
         loss: LossKind,
         global_batch: int,
+        seed: int,
     ) -> None:
         self.module: nn.Module = module
         self.device = next(module.parameters()).device
@@ -59,9 +61,7 @@ class DeepSpeedEngine:
         self.layouts = layouts
         self.optim = optim
         self.clip_norm = optim.clip_norm
-        self.loss: LossKind = loss
-        self.global_batch = global_batch
-        self.loss_seen = torch.zeros((), device=self.device)  # this rank's, since the last update
+        self.objective = Objective(module.config, loss, global_batch, seed, self.device)
         self.local = {name: p.detach() for name, p in module.named_parameters()}
         self.parameters = self._placed(self.local)
         self.average = WeightAverage(average, self.local) if average is not None else None
@@ -72,11 +72,9 @@ class DeepSpeedEngine:
         Returns this rank's sum of losses over the global batch: the sum over ranks and micro-batches is the mean loss.
         """
         self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
-        logits = self.wrapped(batch.images)
-        loss = classification_loss(logits, batch.labels, self.loss).sum() / self.global_batch
-        self.wrapped.backward(loss)
-        self.loss_seen += loss.detach()
-        return loss.detach()
+        loss, objective = self.objective.of(self.wrapped, batch)
+        self.wrapped.backward(objective)
+        return loss
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
@@ -87,7 +85,7 @@ class DeepSpeedEngine:
     def update(self, lr: float) -> GradStats:
         """Clip by the global norm, step, gather the weights. A norm or a loss that is not finite makes it a no-op, decided on the device."""
         parts, copies = self.held.gradient_parts()
-        norm = grad_norm(parts, copies, self.loss_seen)
+        norm = grad_norm(parts, copies, self.objective.minimised)
         skipped = (~norm.isfinite()).float()
         clip_(parts, norm, self.clip_norm)
         optimizer = self.wrapped.basic_optimizer
@@ -95,8 +93,8 @@ class DeepSpeedEngine:
             group["lr"] = lr
         optimizer.found_inf = skipped  # what GradScaler sets
         self.wrapped.step()
-        self.loss_seen.zero_()
-        stats = GradStats(norm.to(self.device), skipped.to(self.device))
+        stats = GradStats(norm.to(self.device), skipped.to(self.device), self.objective.told)
+        self.objective.forget()
         if self.average is not None:
             self.average.update(self.local, stats.skipped)
         return stats
@@ -183,7 +181,7 @@ def build_deepspeed_engine(
         held: HeldState = ReplicatedState(parameters, optimizer, copies)
     else:
         held = PartitionedState(parameters, wrapped.optimizer)
-    return DeepSpeedEngine(model, wrapped, held, layouts, decided.optim, average, loss, decided.batch_size)
+    return DeepSpeedEngine(model, wrapped, held, layouts, decided.optim, average, loss, decided.batch_size, seed)
 
 
 def _make_local(model: nn.Module, layouts: dict[str, Tensor]) -> None:
@@ -231,8 +229,8 @@ def _with_experts(deepspeed: Any, model: ViT, topology: Topology, group_name: st
                 ranks = get_process_group_ranks(theirs), get_process_group_ranks(ours.get_group())
                 assert ranks[0] == ranks[1], ranks
 
-        def forward(self, images: Tensor) -> Tensor:
-            return self.model(images)
+        def forward(self, images: Tensor, keys: Tensor | None = None) -> Predictions:
+            return self.model(images, keys)
 
     return WithExperts()
 

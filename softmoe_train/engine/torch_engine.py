@@ -12,9 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from softmoe_train.data.batch import Batch
 from softmoe_train.dist import laid_out_as, local_offsets, local_values
+from softmoe_train.engine.objective import Objective
 from softmoe_train.engine.protocol import GradStats
 from softmoe_train.model.init import LocalPart, initialize
-from softmoe_train.model.loss import LossKind, classification_loss
+from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import ViT
 from softmoe_train.optim.average import AverageConfig, WeightAverage
 from softmoe_train.optim.build import OptimConfig, build_optimizer, state_layout
@@ -41,6 +42,7 @@ class TorchEngine:
         topology: Topology,
         loss: LossKind,
         global_batch: int,
+        seed: int,
     ) -> None:
         self.module: nn.Module = module
         self.device = next(module.parameters()).device
@@ -48,9 +50,7 @@ class TorchEngine:
         self.topology = topology
         self.optim = optim
         self.clip_norm = optim.clip_norm
-        self.loss: LossKind = loss
-        self.global_batch = global_batch
-        self.loss_seen = torch.zeros((), device=self.device)  # this rank's, since the last update
+        self.objective = Objective(module.config, loss, global_batch, seed, self.device)
         self.parameters = dict(module.named_parameters())
         self.local = {name: local_values(p) for name, p in self.parameters.items()}
         self.reducer = GradReducer(self.parameters.values(), topology)
@@ -70,11 +70,9 @@ class TorchEngine:
             self.module.set_requires_all_reduce(last)
         if last:
             self.reducer.arm()
-        logits = self.module(batch.images)
-        loss = classification_loss(logits, batch.labels, self.loss).sum() / self.global_batch
-        loss.backward()
-        self.loss_seen += loss.detach()
-        return loss.detach()
+        loss, objective = self.objective.of(self.module, batch)
+        objective.backward()
+        return loss
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the global batch by name, laid out as their parameters, and not yet clipped."""
@@ -87,7 +85,7 @@ class TorchEngine:
     def update(self, lr: float) -> GradStats:
         """Reduce, clip by the global norm, step. A norm or a loss that is not finite makes it a no-op, decided on the device."""
         gradients = self.gradients()
-        norm = grad_norm(list(gradients.values()), self.copies, self.loss_seen)
+        norm = grad_norm(list(gradients.values()), self.copies, self.objective.minimised)
         skipped = (~norm.isfinite()).float()
         for name, local in self._bound().items():
             local.grad = local_values(gradients[name])
@@ -98,10 +96,11 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.module.zero_grad()
-        self.loss_seen.zero_()
+        stats = GradStats(norm, skipped, self.objective.told)
+        self.objective.forget()
         if self.average is not None:
             self.average.update(self.local, skipped)
-        return GradStats(norm, skipped)
+        return stats
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -181,4 +180,4 @@ def build_torch_engine(
         shard_fully(model, topology, model.dtype, prefetch=parallel.prefetch)
     model.to_empty(device=device)
     initialize(model, seed, lambda p: LocalPart(local_values(p), local_offsets(p)))
-    return TorchEngine(model, optim, average, parallel, topology, loss, global_batch)
+    return TorchEngine(model, optim, average, parallel, topology, loss, global_batch, seed)

@@ -4,30 +4,17 @@ B images  T tokens  D width  E experts  S slots per expert  H hidden  G routing 
 R expert ranks  e = E / R local experts  N = R·G·S rows of one expert
 """
 
-import re
 from collections.abc import Callable
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from pydantic import Field
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from softmoe_train.config import Record
 from softmoe_train.model.expert_mlp import expert_mlp
 from softmoe_train.model.init import InitRule, normal, xavier_uniform
-from softmoe_train.model.products import mix
+from softmoe_train.model.records import MoEConfig
 from softmoe_train.model.routing import SoftRouter
-
-
-class MoEConfig(Record):
-    """The mixture of experts, and the blocks that hold one instead of a dense MLP."""
-
-    blocks: str | list[int]  # "last 6", "every 2", or block numbers from 0; [] is the dense ViT
-    router: Literal["soft"]
-    num_experts: Annotated[int, Field(ge=1)]
-    slots_per_expert: Annotated[int, Field(ge=1)]
-    expert_init: Literal["identical", "independent"]
 
 
 @runtime_checkable
@@ -86,34 +73,28 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, width: int, hidden: int) -> None:
         super().__init__()
-        self.router = SoftRouter(width, config.num_experts, config.slots_per_expert)
+        self.group_images = config.group_images
+        self.router = build_router(config, width)
         self.experts = Experts(config.num_experts, width, hidden, config.expert_init)
         self.exchange: SlotExchange = LocalExchange()
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Each image is one routing group: G = B."""
-        routing = self.router(x)
+    def forward(
+        self, x: Float[Tensor, "B T D"], keys: Int64[Tensor, " B"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " M"] | None]:
+        """The tokens after their experts, and what the router tells (`routing.MEASURES`, summed over groups); None if nothing.
+
+        A routing group is `group_images` consecutive images; B is a multiple of it. `keys`, one an image, are what noise is
+        derived from; None, in evaluation, means none.
+        """
+        routing = self.router(x.reshape(-1, self.group_images * x.shape[1], x.shape[2]), keys)
         outputs = self.experts(routing.slots, self.exchange)
-        return mix(routing.combine.flatten(2), outputs.flatten(1, 2))
+        return routing.read(outputs).view_as(x), routing.told
 
 
-def moe_blocks(blocks: str | list[int], depth: int) -> list[int]:
-    """The numbers of the blocks that hold experts, ascending.
-
-    "last n" is the last n blocks (the paper's choice, n = depth / 2), "every k" every k-th, ending with the last of each k.
-    Raises ValueError for anything else or for a block that is not there.
-    """
-    if isinstance(blocks, list):
-        chosen = sorted(blocks)
-    else:
-        word, _, number = blocks.partition(" ")
-        legal = word in ("last", "every") and re.fullmatch("[0-9]+", number) is not None
-        if not legal or not 1 <= int(number) <= depth:
-            raise ValueError(
-                f"model.moe.blocks={blocks!r} is not 'last n', 'every k' (n and k from 1 to {depth}) or a list of block numbers"
-            )
-        n = int(number)
-        chosen = list(range(depth - n, depth)) if word == "last" else list(range(n - 1, depth, n))
-    if len(set(chosen)) != len(chosen) or not all(0 <= i < depth for i in chosen):
-        raise ValueError(f"model.moe.blocks={blocks} must name different blocks between 0 and {depth - 1}")
-    return chosen
+def build_router(config: MoEConfig, width: int) -> SoftRouter:
+    """The router that the settings name."""
+    match config.router:
+        case "soft":
+            return SoftRouter(width, config.num_experts, config.slots_per_expert)
+        case _:
+            raise NotImplementedError(config.router)

@@ -6,7 +6,7 @@ G routing groups (for Soft MoE: one image each)  T tokens  D width  E experts  S
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from softmoe_train.model.init import InitRule, lecun_normal, ones
@@ -16,12 +16,25 @@ from softmoe_train.model.products import differentiate_once, mix
 UNIT_EPS = 1e-6
 
 
+# What a router may tell of its groups, in the order of `told`.
+MEASURES = ("auxiliary_loss", "dropped_tokens", "empty_slots")
+
+
 class Routing(NamedTuple):
     """What a router decided: the slots' contents and both weightings, float32."""
 
     slots: Float[Tensor, "G E S D"]
     dispatch: Float[Tensor, "G T E S"]  # sums to 1 over tokens, for each slot
     combine: Float[Tensor, "G T E S"]  # sums to 1 over all slots, for each token
+
+    @property
+    def told(self) -> None:
+        """Nothing of MEASURES: every token is read, every slot is full."""
+        return None
+
+    def read(self, outputs: Float[Tensor, "G E S D"]) -> Float[Tensor, "G T D"]:
+        """Each token's weighted mean of all slots."""
+        return mix(self.combine.flatten(2), outputs.flatten(1, 2))
 
 
 class SoftRouter(nn.Module):
@@ -47,8 +60,8 @@ class SoftRouter(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return _logits(_widened(x, self.phi), self.phi, self.scale)
 
-    def forward(self, x: Float[Tensor, "G T D"]) -> Routing:
-        """Fill the slots of each group with means of its raw (not normalised) tokens."""
+    def forward(self, x: Float[Tensor, "G T D"], keys: Int64[Tensor, " G"] | None = None) -> Routing:
+        """Fill the slots of each group with means of its raw (not normalised) tokens; nothing is random here."""
         self._check_dtype()
         weightings = _SoftWeights.apply(x, self.phi, self.scale)
         assert isinstance(weightings, tuple)

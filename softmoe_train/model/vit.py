@@ -3,68 +3,28 @@
 B images  T tokens  D width  C classes
 """
 
-from typing import Annotated
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
-from pydantic import Field, model_validator
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from softmoe_train.config import Record
 from softmoe_train.model.init import InitRule, constant, normal, zeros
 from softmoe_train.model.layers import Attention, LayerNorm, Linear, Mlp, PatchEmbed
-from softmoe_train.model.moe import MoE, MoEConfig, moe_blocks
+from softmoe_train.model.moe import MoE
+from softmoe_train.model.records import ModelConfig, moe_blocks
 
-Positive = Annotated[int, Field(ge=1)]
+Pixels = UInt8[Tensor, "B 3 Y X"] | Float[Tensor, "B 3 Y X"]
+Keys = Int64[Tensor, " B"]  # one an image, from (seed, global sample): what noise in training is derived from
 
 
-class ModelConfig(Record):
-    """A vision transformer of paper.md 2.1, with experts in the blocks that `moe` names."""
+class Predictions(NamedTuple):
+    """What a model says of a batch: B images, C classes, and of its routers: L blocks with experts, M measures."""
 
-    image_size: Positive  # pixels
-    patch_size: Positive  # pixels
-    width: Positive
-    depth: Positive
-    mlp_dim: Positive
-    num_heads: Positive
-    num_classes: Positive
-    position_std: Annotated[float, Field(ge=0)]
-    moe: MoEConfig
-
-    @model_validator(mode="after")
-    def _fits(self) -> "ModelConfig":
-        problems = []
-        if self.image_size % self.patch_size:
-            divisors = [d for d in range(1, self.image_size + 1) if self.image_size % d == 0]
-            problems.append(
-                f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}; use one of {divisors}"
-            )
-        if self.width % self.num_heads:
-            problems.append(
-                f"model.num_heads={self.num_heads} does not divide model.width={self.width}; use a divisor of the width"
-            )
-        try:
-            moe_blocks(self.moe.blocks, self.depth)
-        except ValueError as error:
-            problems.append(str(error))
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether any block holds experts."""
-        return bool(moe_blocks(self.moe.blocks, self.depth))
-
-    @property
-    def num_experts(self) -> int:
-        """E, or 1 where no block holds experts."""
-        return self.moe.num_experts if self.has_experts else 1
-
-    @property
-    def num_tokens(self) -> int:
-        """T, the patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
+    logits: Float[Tensor, "B C"]
+    told: (
+        Float[Tensor, "L M"] | None
+    )  # routing.MEASURES of each block with experts, summed over groups; None: no router tells
 
 
 class Block(nn.Module):
@@ -81,10 +41,15 @@ class Block(nn.Module):
             self.mlp = Mlp(config.width, config.mlp_dim)
         self.has_experts = has_experts
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """x + attention, then x + MLP or MoE."""
+    def forward(
+        self, x: Float[Tensor, "B T D"], keys: Keys | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " M"] | None]:
+        """x + attention, then x + MLP or MoE; and what the router tells."""
         x = x + self.attn(self.norm1(x))
-        return x + (self.moe if self.has_experts else self.mlp)(self.norm2(x))
+        if not self.has_experts:
+            return x + self.mlp(self.norm2(x)), None
+        mixed, told = self.moe(self.norm2(x), keys)
+        return x + mixed, told
 
 
 class Head(Linear):
@@ -119,18 +84,25 @@ class ViT(nn.Module):
         """The learned position embedding: N(0, position_std²); the paper's deviation is 0.02."""
         return {"position": InitRule(normal(self.config.position_std))}
 
-    def features(self, images: UInt8[Tensor, "B 3 Y X"] | Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B D"]:
-        """What the head sees. Bytes are scaled from [0, 255] to [-1, 1]; floating-point images are taken as they are."""
+    def features(self, images: Pixels, keys: Keys | None = None) -> tuple[Float[Tensor, "B D"], list[Tensor]]:
+        """What the head sees, and what each router that tells something tells.
+
+        Bytes are scaled from [0, 255] to [-1, 1]; floating-point images are taken as they are.
+        """
         if not images.is_floating_point():
             images = images.to(torch.float32) / 127.5 - 1.0
         x = self.patch_embed(images.to(self.dtype)) + self.position.to(self.dtype)
+        all_told = []
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x).mean(dim=1)
+            x, told = block(x, keys)
+            if told is not None:
+                all_told.append(told)
+        return self.norm(x).mean(dim=1), all_told
 
-    def forward(self, images: UInt8[Tensor, "B 3 Y X"] | Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B C"]:
-        """Class logits of each image."""
-        return self.head(self.features(images))
+    def forward(self, images: Pixels, keys: Keys | None = None) -> Predictions:
+        """Class logits of each image; `keys` in training, None in evaluation."""
+        features, told = self.features(images, keys)
+        return Predictions(self.head(features), torch.stack(told) if told else None)
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype) -> ViT:

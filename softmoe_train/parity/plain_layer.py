@@ -11,8 +11,8 @@ from softmoe_train.model.moe import MoE
 from softmoe_train.model.routing import UNIT_EPS
 
 
-def plain_layer(layer: MoE, wire: torch.dtype | None, x: Tensor) -> Tensor:
-    """What `layer` should compute of x ("G T D"), from its weights only (paper Algorithm 1 and 2).
+def plain_layer(layer: MoE, wire: torch.dtype | None, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, None]:
+    """What `layer` should compute of x ("G T D"), from its weights only (paper Algorithm 1 and 2); nothing is random.
 
     None of the layer's own code runs: not its products, its backward or its exchange. `wire` is what slots are rounded to on
     their way.
@@ -22,7 +22,7 @@ def plain_layer(layer: MoE, wire: torch.dtype | None, x: Tensor) -> Tensor:
     w1, b1, w2, b2 = (p.to(x.dtype) for p in (layer.experts.w1, layer.experts.b1, layer.experts.w2, layer.experts.b2))
     hidden = F.gelu(torch.einsum("GESD,EDH->GESH", slots, w1) + b1.unsqueeze(1), approximate="tanh")
     outputs = _rounded(torch.einsum("GESH,EHD->GESD", hidden, w2) + b2.unsqueeze(1), wire)
-    return torch.einsum("GTES,GESD->GTD", combine.to(x.dtype), outputs)
+    return torch.einsum("GTES,GESD->GTD", combine.to(x.dtype), outputs), None
 
 
 def plain_weights(phi: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

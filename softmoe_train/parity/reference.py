@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from softmoe_train.model.init import initialize
+from softmoe_train.model.keyed import image_keys
 from softmoe_train.model.loss import classification_loss
 from softmoe_train.model.moe import MoE
+from softmoe_train.model.routing import MEASURES
 from softmoe_train.model.vit import build_model
 from softmoe_train.optim.adafactor import alone
 from softmoe_train.optim.build import build_optimizer, state_layout
@@ -72,9 +74,11 @@ class Reference:
         starts = range(0, self.config.batch_size, size)
         for start in starts:
             batch = parity_batch(self.config, update, range(start, start + size)).to(self.device)
-            out = self.model(batch.images)
+            out, told = self.model(batch.images, image_keys(self.config.seed, batch.sample_ids))
             loss = classification_loss(out, batch.labels, self.config.loss).sum() / self.config.batch_size
-            loss.backward()
+            groups = self.config.batch_size // self.config.model.group_images
+            auxiliary = 0.0 if told is None else told[:, MEASURES.index("auxiliary_loss")].sum() / groups
+            (loss + auxiliary).backward()
             total += loss.item()
             logits.append(out.detach())
             say(f"one process, images {start + size} of {self.config.batch_size}")

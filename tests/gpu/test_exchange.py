@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softmoe_train.model.moe import LocalExchange, MoE, MoEConfig
+from softmoe_train.model.moe import LocalExchange, MoE
 from softmoe_train.parallel.collective import Stage
 from softmoe_train.parallel.exchange import AllToAllExchange, NarrowExchange, build_exchange
 from softmoe_train.parallel.topology import Topology
+from tests.models import moe_config
 from tests.ranks.launch import run_ranks
 from tests.ranks.small import parallel_config
 from tests.ranks.test_exchange import EXCHANGES, E, G, there_and_back, weighting, whole_slots
@@ -71,7 +72,7 @@ def _moved(exchange: Any, rank: int, world: int, device: torch.device, dtype: to
 
 def _never_waits(exchange: Any, world: int, device: torch.device) -> None:
     """Raises where the host waits for the device inside a layer's forward or backward."""
-    config = MoEConfig(blocks=[0], router="soft", num_experts=E, slots_per_expert=3, expert_init="independent")
+    config = moe_config(blocks=[0], router="soft", num_experts=E, slots_per_expert=3, expert_init="independent")
     with torch.device("meta"):
         layer = MoE(config, width=24, hidden=40)
         whole = MoE(config.model_copy(update={"num_experts": E // world}), width=24, hidden=40).experts
@@ -81,11 +82,11 @@ def _never_waits(exchange: Any, world: int, device: torch.device) -> None:
         for p in layer.parameters():
             p.normal_(std=0.02)
     x = torch.randn(6, 16, 24, device=device, requires_grad=True)
-    layer(x).square().sum().backward()  # the first step builds communicators and picks kernels
+    layer(x)[0].square().sum().backward()  # the first step builds communicators and picks kernels
     torch.cuda.synchronize(device)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        layer(x).square().sum().backward()
+        layer(x)[0].square().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -85,7 +85,7 @@ def accumulate(engine: Engine, rank: int, layout: Layout, step: int = 0) -> Tens
 def measure(rank: int, layout: Layout) -> dict[str, Any]:
     """One clipped SGD step with all that leads to it, and two of AdamW."""
     engine = zero(layout)
-    logits = torch.cat([engine.module(b.images).detach() for b in share(rank, layout[0], layout[3])])
+    logits = torch.cat([engine.module(b.images).logits.detach() for b in share(rank, layout[0], layout[3])])
     loss = accumulate(engine, rank, layout)
     gradients = whole(engine.gradients())
     stats = engine.update(LR)
@@ -175,7 +175,7 @@ def average_one(rank: int, layout: Layout) -> dict[str, bool]:
     want = {name: before[name].lerp(after[name], 0.25) for name in before}
     with engine.averaged():
         inside = whole(engine.parameters)
-        features = engine.module(share(rank, layout[0])[0].images)
+        features = engine.module(share(rank, layout[0])[0].images).logits
     for e in (engine, plain):
         accumulate(e, rank, layout, step=1)
         e.update(RATE)

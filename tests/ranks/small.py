@@ -14,13 +14,14 @@ from softmoe_train.dist import local_offsets, local_values
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.model.init import initialize
 from softmoe_train.model.loss import LossKind
-from softmoe_train.model.moe import MoEConfig
-from softmoe_train.model.vit import ModelConfig, ViT, build_model
+from softmoe_train.model.records import ModelConfig
+from softmoe_train.model.vit import ViT, build_model
 from softmoe_train.optim.average import AverageConfig
 from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.groups import DecayConfig
 from softmoe_train.parallel.layout import ParallelConfig
 from softmoe_train.parallel.topology import Topology
+from tests.models import moe_config
 
 SEED = 3
 GLOBAL_BATCH = 16
@@ -38,7 +39,7 @@ ADAFACTOR = ADAMW.model_copy(
 
 def model_config(**changes: Any) -> ModelConfig:
     """8 x 8 pixels, 16 tokens, three blocks, the last two with 8 experts of 3 slots."""
-    moe = MoEConfig(blocks="last 2", router="soft", num_experts=8, slots_per_expert=3, expert_init="independent")
+    moe = moe_config(blocks="last 2", router="soft", num_experts=8, slots_per_expert=3, expert_init="independent")
     values = {
         "image_size": 8, "patch_size": 2, "width": 24, "depth": 3, "mlp_dim": 40, "num_heads": 4, "num_classes": 10,
         "position_std": 0.02, "moe": moe,
@@ -123,7 +124,7 @@ def reference(loss_kind: LossKind = "sigmoid", num_experts: int = 8) -> dict[str
     perturb(model)
     model.double()
     batch = global_batch()
-    logits = model(batch.images)
+    logits = model(batch.images).logits
     if loss_kind == "sigmoid":
         targets = torch.nn.functional.one_hot(batch.labels, 10).double()
         loss = (torch.nn.functional.softplus(logits) - targets * logits).sum() / GLOBAL_BATCH

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from softmoe_train.model.init import initialize
-from softmoe_train.model.moe import MoE, MoEConfig
+from softmoe_train.model.moe import MoE
+from tests.models import moe_config
 from tests.ranks.launch import run_ranks
 
-CONFIG = MoEConfig(blocks=[0], router="soft", num_experts=3, slots_per_expert=2, expert_init="independent")
+CONFIG = moe_config(blocks=[0], router="soft", num_experts=3, slots_per_expert=2, expert_init="independent")
 # inductor's C++ takes long to build: once, for the dtype with the casts.
 CASES = [(torch.float32, "aot_eager"), (torch.bfloat16, "aot_eager"), (torch.bfloat16, "inductor")]
 
@@ -24,7 +25,7 @@ def errors(dtype: torch.dtype, backend: str) -> list[float]:
     x.requires_grad_()
 
     def run(module: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        y = module(x)
+        y, _ = module(x)
         return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], g)]
 
     pairs = zip(run(torch.compile(layer, fullgraph=True, backend=backend)), run(layer), strict=True)

@@ -60,7 +60,7 @@ def two_adamw_updates() -> dict[str, Any]:
     state = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
     for step in range(2):
         batch = global_batch(step)
-        logits = model(batch.images)
+        logits = model(batch.images).logits
         targets = torch.nn.functional.one_hot(batch.labels, 10).double()
         model.zero_grad()
         ((torch.nn.functional.softplus(logits) - targets * logits).sum() / GLOBAL_BATCH).backward()
@@ -170,7 +170,7 @@ def bf16_truth() -> dict[str, Any]:
     initialize(model, SEED)
     perturb(model)
     batch = global_batch()
-    loss = classification_loss(model(batch.images), batch.labels, "sigmoid").sum() / GLOBAL_BATCH
+    loss = classification_loss(model(batch.images).logits, batch.labels, "sigmoid").sum() / GLOBAL_BATCH
     loss.backward()
     return {"loss": loss.item(), "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
 

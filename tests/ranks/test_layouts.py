@@ -43,7 +43,7 @@ def engine_of(rank: int, layout: Layout) -> TorchEngine:
 def one_step(rank: int, world: int, layout: Layout) -> dict[str, Any]:
     engine = engine_of(rank, layout)
     batches = share(rank, layout.world, layout.micro_batches)
-    logits = torch.cat([engine.module(b.images).detach() for b in batches])
+    logits = torch.cat([engine.module(b.images).logits.detach() for b in batches])
     losses = [engine.forward_backward(b, last=b is batches[-1]) for b in batches]
     gradients = {name: full(g) for name, g in engine.gradients().items()}
     again = engine_of(rank, layout)

@@ -81,7 +81,7 @@ def bad_steps(**changes: Any) -> BadStepsConfig:
 def plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "steps": 6, "stop_after": None, "micro_batches": 2, "learning_rate": lambda _: 0.01, "report_every": 1,
-        "save_every": 0, "best": None, "bad_steps": bad_steps(), "bad_batches": None, "documents": {},
+        "save_every": 0, "best": None, "bad_steps": bad_steps(), "bad_batches": None, "expert_blocks": [1, 2], "documents": {},
     }  # fmt: skip
     return Plan(**{**values, **changes})
 
@@ -311,7 +311,7 @@ def measure(rank: int, world: int) -> dict[str, float]:
     engine = build(rank, world, expert_axis=world, sharding="replicated")
     images = torch.cat([global_batch(7).images, global_batch(8).images])[:ROWS]
     # An untrained model is seldom right, so every third label is what it says.
-    said = engine.module(images).argmax(-1)
+    said = engine.module(images).logits.argmax(-1)
     labels = torch.where(torch.arange(ROWS) % 3 == 0, said, (said + 1) % 10)
     mine = torch.arange(rank, ROWS, world)
     padded = -(-ROWS // world)

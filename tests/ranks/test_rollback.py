@@ -53,7 +53,7 @@ def planted(bad: dict[int, str], kill_at: int | None = None) -> Iterator[None]:
         loss = FORWARD(self, batch, last=last)
         kinds = [bad.get((g - BATCH + 1) / BATCH) for g in batch.sample_ids.tolist()]
         if "nan" in kinds:
-            self.loss_seen += math.nan
+            self.objective.minimised += math.nan
             return loss * math.nan
         return loss + 50 if "spike" in kinds else loss
 

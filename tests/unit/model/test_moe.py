@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from softmoe_train.model.init import initialize
-from softmoe_train.model.moe import MoE, MoEConfig, moe_blocks
+from softmoe_train.model.moe import MoE
+from softmoe_train.model.records import moe_blocks
+from tests.models import moe_config
 from tests.unit.model.reference import soft_moe_token_by_token
 
-CONFIG = MoEConfig(blocks=[0], router="soft", num_experts=3, slots_per_expert=2, expert_init="independent")
+CONFIG = moe_config(blocks=[0], router="soft", num_experts=3, slots_per_expert=2, expert_init="independent")
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def test_layer_equals_the_paper_written_as_loops(layer: MoE) -> None:
         return F.gelu(row @ w.w1[e] + w.b1[e], approximate="tanh") @ w.w2[e] + w.b2[e]
 
     want = torch.stack([soft_moe_token_by_token(image, layer.router.phi.flatten(1), 2.0, expert, 2) for image in x])
-    torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(layer(x)[0], want)
 
 
 def test_gradients_of_the_layer_are_right(layer: MoE) -> None:
@@ -39,7 +41,7 @@ def test_gradients_of_the_layer_are_right(layer: MoE) -> None:
 
     def forward(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         named = dict(zip(dict(layer.named_parameters()), values, strict=True))
-        result = torch.func.functional_call(layer, named, (x,))
+        result, _ = torch.func.functional_call(layer, named, (x,))
         assert isinstance(result, torch.Tensor)
         return result
 
@@ -48,23 +50,23 @@ def test_gradients_of_the_layer_are_right(layer: MoE) -> None:
 
 def test_an_image_does_not_depend_on_the_rest_of_the_batch(layer: MoE) -> None:
     x = torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer(x)[2:3], layer(x[2:3]))
+    torch.testing.assert_close(layer(x)[0][2:3], layer(x[2:3])[0])
 
 
 def test_a_non_contiguous_input_changes_nothing(layer: MoE) -> None:
     x = torch.randn(6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).permute(2, 1, 0)
     assert not x.is_contiguous()
-    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+    torch.testing.assert_close(layer(x)[0], layer(x.contiguous())[0])
 
 
 def test_bf16_inputs_stay_near_float32() -> None:
     layer = MoE(CONFIG, width=6, hidden=10)
     initialize(layer, seed=5)
     x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
-    low = layer(x.bfloat16())
+    low = layer(x.bfloat16())[0]
     assert low.dtype == torch.bfloat16
     # bf16 keeps 8 bits: a few roundings of 2^-8 of the largest value.
-    torch.testing.assert_close(low.float(), layer(x), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(low.float(), layer(x)[0], rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -80,7 +82,7 @@ def test_backward_keeps_no_more_than_it_needs(dtype: torch.dtype) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = layer(torch.randn(B, T, D).to(dtype).requires_grad_())
+        y, _ = layer(torch.randn(B, T, D).to(dtype).requires_grad_())
     for p in layer.parameters():
         kept.pop(p.untyped_storage().data_ptr(), None)
     assert y.grad_fn is not None

@@ -6,11 +6,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from softmoe_train.model.moe import MoEConfig
-from softmoe_train.model.vit import ModelConfig, build_model
+from softmoe_train.model.records import ModelConfig
+from softmoe_train.model.vit import build_model
 from softmoe_train.parallel.exchange import build_exchange
 from softmoe_train.parallel.experts import shard_experts
 from softmoe_train.parallel.topology import Topology
+from tests.models import moe_config
 from tests.ranks.small import parallel_config
 
 
@@ -59,7 +60,7 @@ def test_a_thousand_ranks_each_hold_their_experts() -> None:
         )
         assert (topology.dp.size(), topology.expert_dp.size(), topology.ep.size()) == (1024, 8, 128)
         assert topology.ep.get_local_rank() == 517 % 128, "ep is innermost: neighbours share a set of experts"
-        moe = MoEConfig(blocks="last 16", router="soft", num_experts=128, slots_per_expert=1, expert_init="identical")
+        moe = moe_config(blocks="last 16", router="soft", num_experts=128, slots_per_expert=1, expert_init="identical")
         h14 = ModelConfig(
             image_size=224, patch_size=14, width=1280, depth=32, mlp_dim=5120, num_heads=16, num_classes=29593,
             position_std=0.02, moe=moe,
