@@ -3,7 +3,14 @@
 from softmoe_train.data.batch import ImageStream
 from softmoe_train.data.order import Order
 from softmoe_train.data.read import SampleReader
-from softmoe_train.data.records import DataConfig, ShardSpec, SyntheticConfig, TransformConfig, WebDatasetConfig
+from softmoe_train.data.records import (
+    DataConfig,
+    RandAugment,
+    ShardSpec,
+    SyntheticConfig,
+    TransformConfig,
+    WebDatasetConfig,
+)
 from softmoe_train.data.shards import expand_shards, index_shards
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
@@ -42,7 +49,9 @@ def build_stream(
         case SyntheticConfig():
             return SyntheticStream(SyntheticPictures(cfg, image_size, num_classes, seed, "train"), share)
         case WebDatasetConfig():
-            pictures = _pictures(cfg, cfg.train, "data.train", cfg.train_transform, image_size, num_classes, seed)
+            pictures = _pictures(
+                cfg, cfg.train, "data.train", cfg.train_transform, cfg.randaugment, image_size, num_classes, seed
+            )
             counts = [shard.count for shard in pictures.reader.shards]
             order = Order(counts, streams=cfg.streams, window=cfg.shuffle_window, block=cfg.block, seed=seed)
             return WebDatasetStream(pictures, order, share, Decoding(cfg.workers, cfg.prefetch, cfg.max_broken))
@@ -57,7 +66,7 @@ def build_eval_stream(
             pictures = SyntheticPictures(cfg, image_size, num_classes, seed, "test")
             return SyntheticEvalStream(pictures, batch_size=batch_size, rank=rank, world=world)
         case WebDatasetConfig():
-            pictures = _pictures(cfg, cfg.test, "data.test", cfg.test_transform, image_size, num_classes, seed)
+            pictures = _pictures(cfg, cfg.test, "data.test", cfg.test_transform, None, image_size, num_classes, seed)
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
 
@@ -82,6 +91,7 @@ def _pictures(
     spec: ShardSpec | None,
     key: str,
     transform: TransformConfig,
+    randaugment: RandAugment | None,
     image_size: int,
     num_classes: int,
     seed: int,
@@ -94,7 +104,7 @@ def _pictures(
             f"{key}={spec} names {len(shards)} shards without a single sample: name shards that hold pictures."
         )
     reader = SampleReader(shards, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
-    return Pictures(reader, build_transform(transform, image_size), image_size, seed)
+    return Pictures(reader, build_transform(transform, image_size), image_size, seed, randaugment)
 
 
 def check_streams(streams: int, global_batch: int, world: int) -> list[str]:

@@ -64,6 +64,13 @@ class Resize(Record):
 TransformConfig = Annotated[InceptionCrop | PaddedCrop | ResizeCentralCrop | Resize, Field(discriminator="kind")]
 
 
+class RandAugment(Record):
+    """RandAugment of training pictures: `layers` operations in a row, all at one `magnitude` (`randaugment.py`)."""
+
+    layers: PositiveInt
+    magnitude: Annotated[float, Field(ge=0, le=20)]  # above 20 the released Posterize would need more than 8 bits
+
+
 class WebDatasetConfig(Record):
     """Tar shards of pictures and `.cls` labels: where they are, in which order they are read, what is done to them."""
 
@@ -78,6 +85,7 @@ class WebDatasetConfig(Record):
     labels: Literal["hard", "multi_hot"]
     train_transform: TransformConfig
     test_transform: TransformConfig
+    randaugment: RandAugment | None  # after train_transform
     max_pixels: PositiveInt
     max_broken: Count
 

@@ -18,7 +18,9 @@ from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
 from softmoe_train.data.keyed import Draws
 from softmoe_train.data.order import Order
+from softmoe_train.data.randaugment import rand_augment
 from softmoe_train.data.read import SampleReader
+from softmoe_train.data.records import RandAugment
 from softmoe_train.data.shards import data_hash
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches
@@ -52,17 +54,21 @@ class Share:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Stored samples as rows of a batch: read, transformed and labelled."""
+    """Stored samples as rows of a batch: read, transformed, augmented and labelled."""
 
     reader: SampleReader
     transform: Transform
     image_size: int
     seed: int
+    randaugment: RandAugment | None
 
     def row(self, shard: int, index: int, g: int) -> tuple[NDArray[np.uint8], list[int]]:
         """The picture (S x S x 3) and labels of a stored sample in sample g's place; raises UnreadableSampleError."""
         picture, classes = self.reader.read(shard, index)
-        return self.transform(picture, Draws(self.seed, g, "augment")), classes
+        picture = self.transform(picture, Draws(self.seed, g, "augment"))
+        if self.randaugment is not None:
+            picture = rand_augment(picture, self.randaugment, Draws(self.seed, g, "randaugment"))
+        return picture, classes
 
     def empty(self, rows: int) -> tuple[NDArray[np.uint8], torch.Tensor]:
         """Black images and labels of nothing for `rows` rows."""
@@ -141,8 +147,10 @@ class WebDatasetStream:
         return [StoredSample(number, *name(shard, index)) for number, shard, index in rows]
 
     def fingerprint(self) -> dict[str, object]:
-        """What decides the order: the shards' contents and the keys of the permutations."""
-        order = self._batches.order
+        """What decides the order: the shards' contents, the keys of the permutations, the augmentation."""
+        order, randaugment = self._batches.order, self._batches.pictures.randaugment
+        # Only what is on: a checkpoint from before there was a choice has the same fingerprint.
+        augmentation = {} if randaugment is None else {"randaugment": randaugment.model_dump()}
         return {
             "kind": "webdataset",
             "data": data_hash(self._batches.pictures.reader.shards),
@@ -151,6 +159,7 @@ class WebDatasetStream:
             "shuffle_window": order.window,
             "block": order.block,
             "seed": order.seed,
+            **augmentation,
         }
 
 

@@ -72,6 +72,7 @@ def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() 
         ("micro_batches=3", "micro_batches=3 does not divide the 16 images"),
         ("data=cifar10", "data.train is not set: name a folder"),
         ("schedule.timescale=3", "schedule.timescale=3 with schedule.kind=cosine"),
+        ("data.randaugment=null", "there is no key data.randaugment"),
         ("data.noise=loud", "data.noise='loud': input should be a valid number"),
         ("optim.momentum=0.9", "optim.momentum=0.9: optim.kind=adamw does not use it; set null"),
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings do nothing here"),

@@ -97,6 +97,7 @@ def settings(**changes: object) -> WebDatasetConfig:
         "labels": "hard",
         "train_transform": plain,
         "test_transform": plain,
+        "randaugment": None,
         "max_pixels": 1_000_000,
         "max_broken": 0,
     }
