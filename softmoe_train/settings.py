@@ -145,6 +145,11 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
             "bad_steps.then=rollback with checkpoint.keep_last=1: a run that is interrupted in the middle of bad steps would keep no "
             "checkpoint from before them; use 2"
         )
+    if config.data.mixup is not None and config.data.labels == "multi_hot" and config.loss == "softmax":
+        problems.append(
+            f"data.mixup={config.data.mixup} with data.labels=multi_hot and loss=softmax: the loss shares an image among its labels, so of "
+            f"two mixed images the one with more labels would count for more than its part; use loss=sigmoid, or data.mixup=null"
+        )
     problems += check_data(
         config.data,
         image_size=config.model.image_size,

@@ -57,7 +57,7 @@ class StoredSample(NamedTuple):
 class Batch:
     """One rank's share of a global batch: RGB images, labels, and the cursor that resumes after the whole batch.
 
-    `labels` are class numbers, or rows of 0 and 1 over the classes. `mask` is False on padding and unreadable rows,
+    `labels` are class numbers, or rows over the classes: 0 and 1, or weights where images were mixed. `mask` is False on padding and unreadable rows,
     which only evaluation has. `sample_ids` are global sample numbers in training and image numbers in evaluation (-1 on
     padding). `broken` names the samples of this batch that could not be read.
     """

@@ -1,6 +1,7 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
 from softmoe_train.data.batch import ImageStream
+from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import (
@@ -41,20 +42,21 @@ def build_stream(
     cfg: DataConfig, *, image_size: int, num_classes: int, seed: int, global_batch: int, rank: int, world: int
 ) -> ImageStream:
     """The endless training stream of `rank`: square images of `image_size` pixels; raises ValueError on mistakes."""
-    problems = check_streams(cfg.streams, global_batch, world)
+    problems = check_streams(cfg.streams, global_batch, world) + _check_mixup(cfg, global_batch, world)
     if problems:
         raise ValueError("\n".join(problems))
+    mixup = None if cfg.mixup is None else Mixup(cfg.mixup, num_classes, seed)
     share = Share(global_batch, cfg.streams, rank, world)
     match cfg:
         case SyntheticConfig():
-            return SyntheticStream(SyntheticPictures(cfg, image_size, num_classes, seed, "train"), share)
+            return SyntheticStream(SyntheticPictures(cfg, image_size, num_classes, seed, "train"), share, mixup)
         case WebDatasetConfig():
             pictures = _pictures(
                 cfg, cfg.train, "data.train", cfg.train_transform, cfg.randaugment, image_size, num_classes, seed
             )
             counts = [shard.count for shard in pictures.reader.shards]
             order = Order(counts, streams=cfg.streams, window=cfg.shuffle_window, block=cfg.block, seed=seed)
-            return WebDatasetStream(pictures, order, share, Decoding(cfg.workers, cfg.prefetch, cfg.max_broken))
+            return WebDatasetStream(pictures, order, share, mixup, Decoding(cfg.workers, cfg.prefetch, cfg.max_broken))
 
 
 def build_eval_stream(
@@ -73,7 +75,7 @@ def build_eval_stream(
 
 def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: int, needs_test: bool) -> list[str]:
     """Every mistake that shows before a shard is read, each as a full message; empty where all is well."""
-    problems = check_streams(cfg.streams, global_batch, world)
+    problems = check_streams(cfg.streams, global_batch, world) + _check_mixup(cfg, global_batch, world)
     if isinstance(cfg, SyntheticConfig):
         return problems
     for key, spec, wanted in (("data.train", cfg.train, True), ("data.test", cfg.test, needs_test)):
@@ -119,3 +121,15 @@ def check_streams(streams: int, global_batch: int, world: int) -> list[str]:
         ]
     rule = f"the number of ranks ({world}) must divide it, and it must divide the global batch ({global_batch})"
     return [f"data.streams={streams}: {rule}; use one of {', '.join(map(str, legal))}."]
+
+
+def _check_mixup(cfg: DataConfig, global_batch: int, world: int) -> list[str]:
+    """Why no image of a global batch has another of its stream to be mixed with."""
+    if cfg.mixup is None or cfg.streams != global_batch:
+        return []
+    legal = [n for n in range(world, global_batch // 2 + 1, world) if global_batch % n == 0]
+    use = f"data.streams={' or '.join(map(str, legal))}, or " if legal else ""
+    return [
+        f"data.mixup={cfg.mixup} with data.streams={cfg.streams}: an image is mixed with the next of its stream in the global batch, "
+        f"and of {global_batch} images each stream gives one; use {use}a batch_size of {2 * cfg.streams}"
+    ]

@@ -86,6 +86,7 @@ class WebDatasetConfig(Record):
     train_transform: TransformConfig
     test_transform: TransformConfig
     randaugment: RandAugment | None  # after train_transform
+    mixup: Positive | None  # p of Beta(p, p); above 0
     max_pixels: PositiveInt
     max_broken: Count
 
@@ -99,6 +100,7 @@ class SyntheticConfig(Record):
     num_train: PositiveInt
     num_test: PositiveInt
     noise: Annotated[float, Field(ge=0)]  # standard deviation in gray levels
+    mixup: Positive | None  # p of Beta(p, p); above 0
 
 
 DataConfig = Annotated[WebDatasetConfig | SyntheticConfig, Field(discriminator="kind")]

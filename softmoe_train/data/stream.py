@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
 from softmoe_train.data.keyed import Draws
+from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
 from softmoe_train.data.randaugment import rand_augment
 from softmoe_train.data.read import SampleReader
@@ -39,9 +40,13 @@ class Share:
 
     def rows(self, position: int) -> NDArray[np.int64]:
         """This rank's global samples of the batch that begins at `position`, ascending."""
-        own = self.streams // self.world
-        streams = self.rank * own + np.arange(own)
+        streams = self.rank * self.apart + np.arange(self.apart)
         return (position + np.arange(0, self.global_batch, self.streams)[:, None] + streams).reshape(-1)
+
+    @property
+    def apart(self) -> int:
+        """How many rows further on this rank has the next image of the same stream: L / W."""
+        return self.streams // self.world
 
     def check_start(self, cursor: Cursor) -> None:
         """Raise ValueError unless a batch can start at `cursor`."""
@@ -89,8 +94,8 @@ class Pictures:
 
 
 class _TrainBatches(Dataset[Batch]):
-    def __init__(self, pictures: Pictures, order: Order, share: Share) -> None:
-        self.pictures, self.order, self.share = pictures, order, share
+    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None) -> None:
+        self.pictures, self.order, self.share, self.mixup = pictures, order, share, mixup
 
     def __getitem__(self, position: int) -> Batch:
         rows = self.share.rows(position)
@@ -104,6 +109,8 @@ class _TrainBatches(Dataset[Batch]):
                 broken.append(self.pictures.reader.describe(shard, index, str(error)))
                 row = self._replacement(g, broken[-1])
             self.pictures.fill(images, labels, at, *row)
+        if self.mixup is not None:
+            images, labels = self.mixup.mix(images, labels, rows, self.share.apart)
         mask = torch.ones(len(rows), dtype=torch.bool)
         cursor = Cursor(position + self.share.global_batch)
         return Batch(torch.from_numpy(images), labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
@@ -125,8 +132,8 @@ class _TrainBatches(Dataset[Batch]):
 class WebDatasetStream:
     """The endless training stream of one rank over tar shards; satisfies `ImageStream`."""
 
-    def __init__(self, pictures: Pictures, order: Order, share: Share, decoding: Decoding) -> None:
-        self._batches = _TrainBatches(pictures, order, share)
+    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None, decoding: Decoding) -> None:
+        self._batches = _TrainBatches(pictures, order, share, mixup)
         self._decoding, self._start = decoding, 0
 
     def seek(self, cursor: Cursor) -> None:
@@ -147,10 +154,11 @@ class WebDatasetStream:
         return [StoredSample(number, *name(shard, index)) for number, shard, index in rows]
 
     def fingerprint(self) -> dict[str, object]:
-        """What decides the order: the shards' contents, the keys of the permutations, the augmentation."""
-        order, randaugment = self._batches.order, self._batches.pictures.randaugment
+        """What decides the order and what is mixed: the shards' contents, the keys of the permutations, the augmentation."""
+        order, mixup, randaugment = self._batches.order, self._batches.mixup, self._batches.pictures.randaugment
         # Only what is on: a checkpoint from before there was a choice has the same fingerprint.
         augmentation = {} if randaugment is None else {"randaugment": randaugment.model_dump()}
+        augmentation |= {} if mixup is None else {"mixup": mixup.p}
         return {
             "kind": "webdataset",
             "data": data_hash(self._batches.pictures.reader.shards),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Batch, Cursor, StoredSample
 from softmoe_train.data.keyed import chain, mix, place_number
+from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.records import SyntheticConfig
 from softmoe_train.data.stream import Share
 
@@ -60,8 +61,8 @@ class SyntheticPictures:
 class SyntheticStream:
     """The endless synthetic training stream of one rank; satisfies `ImageStream`. Epochs repeat `num_train` images."""
 
-    def __init__(self, pictures: SyntheticPictures, share: Share) -> None:
-        self._pictures, self._share, self._start = pictures, share, 0
+    def __init__(self, pictures: SyntheticPictures, share: Share, mixup: Mixup | None) -> None:
+        self._pictures, self._share, self._mixup, self._start = pictures, share, mixup, 0
 
     def seek(self, cursor: Cursor) -> None:
         """Make the next `iter` start at `cursor`; raises ValueError where no batch can start."""
@@ -77,6 +78,9 @@ class SyntheticStream:
             numbers = rows % self._pictures.cfg.num_train
             mask = torch.ones(len(rows), dtype=torch.bool)
             images, labels = self._pictures.images(numbers), self._pictures.labels(numbers)
+            if self._mixup is not None:
+                mixed, labels = self._mixup.mix(images.numpy(), labels, rows, self._share.apart)
+                images = torch.from_numpy(mixed)
             yield Batch(images, labels, mask, torch.from_numpy(rows), Cursor(position), ())
 
     def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
@@ -88,7 +92,7 @@ class SyntheticStream:
         """What decides the samples: the configuration, the image size, the classes and the seed."""
         pictures = self._pictures
         facts = {"image_size": pictures.image_size, "num_classes": pictures.num_classes, "seed": pictures.seed}
-        return {**pictures.cfg.model_dump(), **facts}
+        return {**pictures.cfg.model_dump(exclude_none=True), **facts}
 
 
 class SyntheticEvalStream:

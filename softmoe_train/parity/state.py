@@ -18,6 +18,7 @@ from softmoe_train.settings import RunConfig
 
 MATRIX_NOISE = 0.02
 VECTOR_NOISE = 0.1  # biases, norms
+MIXED = 0.75  # the part of an image's own labels under mixup
 ROUTER_SCALE = 1.7  # its start is 1, which would hide a scale that is not applied
 
 
@@ -57,7 +58,8 @@ def routing_tokens(config: RunConfig, layer: str, images: int) -> Tensor:
 def parity_batch(config: RunConfig, update: int, rows: range) -> Batch:
     """Images of random bytes with random labels, each by (seed, update, row) alone: no data is read.
 
-    `rows` are of the global batch. Labels are class numbers, or rows of 0 and 1 where `data.labels` is multi_hot.
+    `rows` are of the global batch. Labels are class numbers, rows of 0 and 1 where `data.labels` is multi_hot, or rows of
+    weights where `data.mixup` is on.
     """
     ids = [update * config.batch_size + row for row in rows]
     images, labels = zip(*(_sample(config, i) for i in ids), strict=True)
@@ -76,10 +78,14 @@ def _sample(config: RunConfig, sample: int) -> tuple[Tensor, Tensor]:
     size, classes = config.model.image_size, config.model.num_classes
     image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
     label = torch.randint(0, classes, (), generator=generator)
-    if config.data.labels == "hard":
+    if config.data.labels == "hard" and config.data.mixup is None:
         return image, label
-    others = torch.randint(0, classes, (sample % 3,), generator=generator)
-    return image, F.one_hot(torch.cat([label.reshape(1), others]), classes).amax(0).float()
+    others = torch.randint(0, classes, (sample % 3 if config.data.labels == "multi_hot" else 0,), generator=generator)
+    row = F.one_hot(torch.cat([label.reshape(1), others]), classes).amax(0).float()
+    if config.data.mixup is None:
+        return image, row
+    mixed_in = F.one_hot(torch.randint(0, classes, (), generator=generator), classes)
+    return image, MIXED * row + (1 - MIXED) * mixed_in
 
 
 def _generator(key: str) -> Generator:

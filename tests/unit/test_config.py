@@ -72,6 +72,7 @@ def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() 
         ("micro_batches=3", "micro_batches=3 does not divide the 16 images"),
         ("data=cifar10", "data.train is not set: name a folder"),
         ("schedule.timescale=3", "schedule.timescale=3 with schedule.kind=cosine"),
+        ("data.mixup=0", "data.mixup=0: input should be greater than 0"),
         ("data.randaugment=null", "there is no key data.randaugment"),
         ("data.noise=loud", "data.noise='loud': input should be a valid number"),
         ("optim.momentum=0.9", "optim.momentum=0.9: optim.kind=adamw does not use it; set null"),
@@ -88,6 +89,15 @@ def test_a_mistake_names_key_value_rule_and_remedy(override: str, said: str) -> 
     assert any(said in problem for problem in problems_of("recipe=debug", override)), problems_of(
         "recipe=debug", override
     )
+
+
+def test_mixup_that_could_not_mix_or_would_weigh_wrong_is_refused() -> None:
+    (alone,) = problems_of("recipe=debug", "data.mixup=0.2", "data.streams=16")
+    assert alone.startswith("data.mixup=0.2 with data.streams=16: ")
+    (weighed,) = problems_of("recipe=debug", "data.mixup=0.2", "data.labels=multi_hot")
+    assert weighed.startswith("data.mixup=0.2 with data.labels=multi_hot and loss=softmax: ")
+    for legal in (["data.labels=hard"], ["data.labels=multi_hot", "loss=sigmoid"]):
+        compose(RunConfig, ["recipe=debug", "data.mixup=0.2", *legal], lambda c: check(c, 1, 1))
 
 
 def test_missing_and_empty_shards_are_told_before_anything_starts(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def settings(**changes: object) -> WebDatasetConfig:
         "train_transform": plain,
         "test_transform": plain,
         "randaugment": None,
+        "mixup": None,
         "max_pixels": 1_000_000,
         "max_broken": 0,
     }

@@ -34,6 +34,16 @@ def test_soft_labels_weigh_the_softmax_loss() -> None:
     )
 
 
+def test_the_loss_of_mixed_labels_is_the_mean_of_both_by_their_weights() -> None:
+    first, second, weight = torch.tensor([2, 1]), torch.tensor([0, 1]), torch.tensor([0.75, 0.625])
+    rows = weight[:, None] * F.one_hot(first, 3) + (1 - weight)[:, None] * F.one_hot(second, 3)
+    for kind in ("softmax", "sigmoid"):
+        want = weight * classification_loss(LOGITS, first, kind) + (1 - weight) * classification_loss(
+            LOGITS, second, kind
+        )
+        torch.testing.assert_close(classification_loss(LOGITS, rows, kind), want)
+
+
 def test_half_precision_logits_give_a_float32_loss() -> None:
     loss = classification_loss(LOGITS.bfloat16(), torch.tensor([2, 1]), "sigmoid")
     assert loss.dtype == torch.float32

@@ -1,6 +1,8 @@
 """Where a proof starts: nothing is zero or alike, and nothing depends on how it is cut."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from softmoe_train.config import compose
 from softmoe_train.model.init import initialize
@@ -37,6 +39,15 @@ def test_a_batch_does_not_depend_on_its_cut() -> None:
     assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
     assert len({image.numpy().tobytes() for image in whole.images}) == 8
     assert not torch.equal(whole.images, parity_batch(config, 0, range(8)).images)
+
+
+@pytest.mark.parametrize("labels", ["hard", "multi_hot"])
+def test_labels_are_weights_where_images_are_mixed(labels: str) -> None:
+    rows = parity_batch(debug(f"data.labels={labels}", "data.mixup=0.2"), 0, range(12)).labels
+    own = parity_batch(debug(f"data.labels={labels}"), 0, range(12)).labels
+    mixed_in = rows - 0.75 * (F.one_hot(own, 10) if labels == "hard" else own)
+    assert torch.equal(mixed_in.sum(1), torch.full((12,), 0.25))
+    assert torch.equal(mixed_in.unique(), torch.tensor([0.0, 0.25]))
 
 
 def test_multi_hot_labels_have_one_class_or_more() -> None:
