@@ -198,11 +198,11 @@ class _Fitting:
         t = self.there.get(dense)
         if expert is None or t is None or self.model.moe.expert != "mlp":
             return None
+        self.used.add(dense)
         t = transposed(t) if len(t.shape) == 2 else t
         if t.shape != shape[1:]:
             self.misshapen.append(f"{name}: {dense} would give {t.shape} to each expert, and it is {shape[1:]} here")
             return Begin("created", None, "")
-        self.used.add(dense)
         count = shape[0]
         made = noisy(
             copies(t, count), self.config.noise if count > 1 else 0.0, seed=self.seed, name=name, per_expert=True

@@ -78,7 +78,7 @@ def from_timm(stored: Mapping[str, Lazy]) -> Translated:
         tensors["patch_embed.weight"] = _timm_patches(tensors["patch_embed.weight"])
     if "position" in tensors:
         prefix = sum(stored[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in stored)
-        tensors["position"] = _positions(entry(tensors["position"], 0), prefix, aside)
+        tensors["position"] = _positions(tensors["position"], prefix, aside)
     differences = [
         "timm's MLPs have the exact GELU, unless it was told otherwise; here it is the tanh form (they differ by up to 5e-4)",
         "pixels are scaled to [-1, 1] here; where the source saw them by ImageNet's mean and deviation (DeiT, MAE), its first layer did not",
@@ -97,7 +97,8 @@ def _timm_patches(t: Lazy) -> Lazy:
 
 
 def _positions(t: Lazy, prefix: int, aside: dict[str, str]) -> Lazy:
-    """The rows of tokens that are patches: all of a square grid, or those after the rows of tokens that are not."""
+    """Of (1, rows, D) the rows of tokens that are patches: all of a square grid, or those after the rows of tokens that are not."""
+    t = entry(t, 0)._replace(origin=t.origin)
     if side_of(t.shape[0]) is not None:
         return t
     if side_of(t.shape[0] - prefix) is None:
@@ -162,7 +163,7 @@ def from_big_vision(stored: Mapping[str, Lazy]) -> Translated:
     found["patch_embed.weight"] = take("embedding/kernel", _big_vision_patches)
     found["head.weight"] = take("head/kernel", transposed)
     prefix = 1 if "cls" in named else 0
-    found["position"] = take("pos_embedding", lambda t: _positions(entry(t, 0), prefix, aside))
+    found["position"] = take("pos_embedding", lambda t: _positions(t, prefix, aside))
     for i in range(num_blocks):
         found |= {f"blocks.{i}.{name}": t for name, t in _block(f"Transformer/encoderblock_{i}", take).items()}
     tensors = {name: t for name, t in found.items() if t is not None}
