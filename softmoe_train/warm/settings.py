@@ -32,11 +32,7 @@ class WarmConfig(Record):
 
     @field_validator("source")
     @classmethod
-    def _is_no_pickle(cls, source: str | None) -> str:
-        if source is None:
-            raise ValueError(
-                "warm.source is not set; name the weights to start from, as in warm.source=runs/dense or warm.source=weights.safetensors"
-            )
-        if source.lower().endswith(PICKLES) and not Path(source).is_dir():
+    def _is_no_pickle(cls, source: str | None) -> str | None:
+        if source is not None and source.lower().endswith(PICKLES) and not Path(source).is_dir():
             raise ValueError(f"warm.source={without_secrets(source)}: {NO_PICKLE}")
         return source

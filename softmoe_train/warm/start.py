@@ -68,6 +68,8 @@ class Warmed(NamedTuple):
 
 def warm_problems(config: WarmConfig, model: ModelConfig, seed: int) -> list[str]:
     """Why a run cannot start from these weights; reads headers and starts nothing."""
+    if config.source is None:
+        return ["warm.source is not set; name the weights to start from, as in warm.source=runs/dense"]
     try:
         with opened_source(config) as source:
             problems = _fitted(source, config, model, seed).problems

@@ -15,10 +15,8 @@ from softmoe_train.model.vit import ViT, build_model
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.start import Warmed, start_warm
 from tests.models import moe_config
-from tests.ranks.small import model_config, perturb
+from tests.ranks.small import SEED, model_config, perturb
 from tests.unit.checkpoint.cut import save_cut
-
-SEED = 5
 
 
 class Bare:
@@ -60,9 +58,7 @@ def warmed(config: ModelConfig, source: Path | str, **changes: Any) -> tuple[ViT
     model = build_model(config, torch.float32)
     model.to_empty(device="cpu")
     initialize(model, SEED)
-    told = start_warm(
-        warm_config(source, **changes), config, Bare(model), seed=SEED, rank=0, world=1, group=None
-    )  # pyright: ignore[reportArgumentType]
+    told = start_warm(warm_config(source, **changes), config, Bare(model), seed=SEED, rank=0, world=1, group=None)  # pyright: ignore[reportArgumentType]
     return model.requires_grad_(False), told
 
 

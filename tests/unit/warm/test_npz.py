@@ -14,10 +14,18 @@ ARRAY = np.arange(60, dtype=np.float64).reshape(3, 4, 5)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_part_of_an_array_is_what_numpy_has_there(tmp_path: Path, save) -> None:  # noqa: ANN001
-    save(tmp_path / "w.npz", **{"params/a": ARRAY, "f": np.asfortranarray(ARRAY), "none": np.zeros((0, 2)), "one": np.float32(7)})
+def test_a_part_of_an_array_is_what_numpy_has_there(tmp_path: Path, save) -> None:
+    save(
+        tmp_path / "w.npz",
+        **{"params/a": ARRAY, "f": np.asfortranarray(ARRAY), "none": np.zeros((0, 2)), "one": np.float32(7)},
+    )
     tensors = read_npz(tmp_path / "w.npz")
-    assert {name: t.shape for name, t in tensors.items()} == {"params/a": (3, 4, 5), "f": (3, 4, 5), "none": (0, 2), "one": ()}
+    assert {name: t.shape for name, t in tensors.items()} == {
+        "params/a": (3, 4, 5),
+        "f": (3, 4, 5),
+        "none": (0, 2),
+        "one": (),
+    }
     for name in ("params/a", "f"):
         part = tensors[name].read(Box((1, 2, 0), (2, 1, 5)))
         assert part.dtype == torch.float32

@@ -13,7 +13,7 @@ from softmoe_train.model.records import ModelConfig
 from softmoe_train.model.vit import ViT
 from softmoe_train.warm.grids import resample_position
 from softmoe_train.warm.start import warm_problems
-from tests.ranks.small import global_batch, model_config
+from tests.ranks.small import global_batch
 from tests.unit.warm.bare import as_run, in_timm_names, model_of, small, warm_config, warmed, wide
 
 EXACT = 1e-12  # float64, sums in another order
@@ -64,7 +64,9 @@ def test_soft_experts_copied_from_a_dense_mlp_are_not_the_dense_model(dense: ViT
     assert moved(dense, small(), dense_run) > 1e-3
 
 
-def test_soft_experts_copied_from_a_dense_mlp_are_the_dense_model_where_all_tokens_are_alike(dense: ViT, tmp_path: Path) -> None:
+def test_soft_experts_copied_from_a_dense_mlp_are_the_dense_model_where_all_tokens_are_alike(
+    dense: ViT, tmp_path: Path
+) -> None:
     alike = model_of(small(blocks=[]))
     alike.position[:] = alike.position[0]
     after, _ = warmed(small(), as_run(tmp_path / "alike", alike))
@@ -116,7 +118,9 @@ def test_noise_tells_tiled_experts_and_slots_apart(soft_run: Path) -> None:
     assert told.fit.differences == []
 
 
-def test_the_same_model_is_taken_over_bit_by_bit_from_each_kind_of_source(soft: ViT, dense: ViT, tmp_path: Path) -> None:
+def test_the_same_model_is_taken_over_bit_by_bit_from_each_kind_of_source(
+    soft: ViT, dense: ViT, tmp_path: Path
+) -> None:
     run, other = as_run(tmp_path / "run", model_of(small(), seed=2), average=soft), tmp_path / "e.safetensors"
     assert main(["export", f"ckpt={run}", f"out={other}", "weights=average"]) == 0
     sources = [(soft, run, {"weights": "average"}), (soft, other, {}), (dense, in_timm_names(dense, tmp_path), {})]
@@ -162,7 +166,10 @@ def test_another_size_is_refused_with_both_shapes(dense_run: Path) -> None:
     deep = small().model_copy(update={"mlp_dim": 64})
     found = wrong(deep, dense_run)
     assert "blocks.0.mlp.fc1.weight: (40, 24) there, (64, 24) here" in found
-    assert "blocks.1.moe.experts.w1: blocks.1.mlp.fc1.weight would give (24, 40) to each expert, and it is (24, 64)" in found
+    assert (
+        "blocks.1.moe.experts.w1: blocks.1.mlp.fc1.weight would give (24, 40) to each expert, and it is (24, 64)"
+        in found
+    )
     assert "and 3 more" in found
     assert "nothing here takes" not in found
 
@@ -185,7 +192,7 @@ def test_nothing_is_left_at_its_init_without_a_word(soft_run: Path, dense: ViT, 
 
 def test_what_cannot_be_read_is_refused_with_the_remedy(dense_run: Path, tmp_path: Path) -> None:
     for name in ("w.pt", "w.pth.tar", "pytorch_model.bin"):
-        with pytest.raises(ValueError, match="may be a pickle, .* write it as safetensors"):
+        with pytest.raises(ValueError, match=r"may be a pickle, .* write it as safetensors"):
             warm_config(tmp_path / name)
     config = small(blocks=[])
     assert "there is no such file or folder" in wrong(config, tmp_path / "none.safetensors")

@@ -56,14 +56,19 @@ def timm_logits(w: Weights) -> Tensor:
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w.get(f"{name}.bias"), 1e-6)
 
-    x = F.conv2d(pixels(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=P).flatten(2).mT + w["pos_embed"]
+    x = (
+        F.conv2d(pixels(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=P).flatten(2).mT
+        + w["pos_embed"]
+    )
     for i in range(L):
         b = f"blocks.{i}"
         y = F.linear(norm(x, f"{b}.norm1"), w[f"{b}.attn.qkv.weight"], w[f"{b}.attn.qkv.bias"])
         q, k, v = y.reshape(len(y), T, 3, N, D // N).permute(2, 0, 3, 1, 4)
         y = attend(norm(q, f"{b}.attn.q_norm"), norm(k, f"{b}.attn.k_norm"), v).transpose(1, 2).reshape(x.shape)
         x = x + F.linear(y, w[f"{b}.attn.proj.weight"], w[f"{b}.attn.proj.bias"])
-        y = F.gelu(F.linear(norm(x, f"{b}.norm2"), w[f"{b}.mlp.fc1.weight"], w[f"{b}.mlp.fc1.bias"]), approximate="tanh")
+        y = F.gelu(
+            F.linear(norm(x, f"{b}.norm2"), w[f"{b}.mlp.fc1.weight"], w[f"{b}.mlp.fc1.bias"]), approximate="tanh"
+        )
         x = x + F.linear(y, w[f"{b}.mlp.fc2.weight"], w[f"{b}.mlp.fc2.bias"])
     return F.linear(norm(x, "norm").mean(1), w["head.weight"], w["head.bias"])
 
@@ -81,7 +86,10 @@ def big_vision_weights(**more: tuple[int, ...]) -> dict[str, Tensor]:
             block |= {f"MultiHeadDotProductAttention_0/{one}/kernel": (D, N, D // N)}
             block |= {f"MultiHeadDotProductAttention_0/{one}/bias": (N, D // N)}
         block |= {f"MultiHeadDotProductAttention_0/{one}_ln/scale": (D // N,) for one in ("query", "key")}
-        block |= {"MultiHeadDotProductAttention_0/out/kernel": (N, D // N, D), "MultiHeadDotProductAttention_0/out/bias": (D,)}
+        block |= {
+            "MultiHeadDotProductAttention_0/out/kernel": (N, D // N, D),
+            "MultiHeadDotProductAttention_0/out/bias": (D,),
+        }
         shapes |= {f"Transformer/encoderblock_{i}/{name}": shape for name, shape in block.items()}
     return drawn({**shapes, **more})
 
@@ -128,7 +136,9 @@ def scanned(weights: Weights) -> dict[str, Tensor]:
     """The blocks stacked, as nn.scan keeps them."""
     blocks = {name.partition("encoderblock_0/")[2] for name in weights if "encoderblock_0/" in name}
     stacked = {
-        f"Transformer/encoderblock/{name}": torch.stack([weights[f"Transformer/encoderblock_{i}/{name}"] for i in range(L)])
+        f"Transformer/encoderblock/{name}": torch.stack(
+            [weights[f"Transformer/encoderblock_{i}/{name}"] for i in range(L)]
+        )
         for name in blocks
     }
     return {**{name: t for name, t in weights.items() if "encoderblock_" not in name}, **stacked}
@@ -146,7 +156,7 @@ def older(weights: Weights) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("form", [dict, scanned, older])
 @pytest.mark.parametrize("prefix", ["params/", ""])
-def test_big_vision_s_weights_compute_here_what_they_compute_there(tmp_path: Path, form, prefix: str) -> None:  # noqa: ANN001
+def test_big_vision_s_weights_compute_here_what_they_compute_there(tmp_path: Path, form, prefix: str) -> None:
     weights = big_vision_weights()
     named = {f"{prefix}{name}": t.numpy() for name, t in form(weights).items()}
     np.savez(tmp_path / "w.npz", **named, **({"opt/count": np.ones(1)} if prefix else {}))
@@ -170,7 +180,9 @@ def test_a_pooled_norm_and_an_unknown_tensor(tmp_path: Path) -> None:
     weights = timm_weights(**{"blocks.0.ls1.gamma": (D,)})
     weights |= {"fc_norm.weight": weights.pop("norm.weight"), "fc_norm.bias": weights.pop("norm.bias")}
     save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(Exception, match=r"blocks.0.ls1.gamma \(a layer scale, which this model has not\); leave it aside"):
+    with pytest.raises(
+        Exception, match=r"blocks.0.ls1.gamma \(a layer scale, which this model has not\); leave it aside"
+    ):
         warmed(CONFIG, tmp_path / "w.safetensors")
     model, told = warmed(CONFIG, tmp_path / "w.safetensors", ignore=["*.ls?.gamma"])
     assert torch.equal(model.norm.weight, weights["fc_norm.weight"])
