@@ -1,6 +1,8 @@
 """A run starts warm once, says so, and from then on goes on from its own checkpoints."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from softmoe_train.config import ConfigError, compose
 from softmoe_train.dist import World
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
+from tests.runs import ROOT
 from tests.unit.warm.bare import as_run, model_of
 
 ALONE = World(0, 1, 0, 1)
@@ -80,3 +83,12 @@ def test_a_run_that_did_not_start_warm_is_not_continued_as_if_it_had(dense: Path
     train(config_of(tmp_path / "run", "stop_after=1"), ALONE)
     with pytest.raises(ConfigError, match=r"holds a run with other settings: .*warm.source=.* \(was None\)"):
         config_of(tmp_path / "run", "warm=weights", f"warm.source={dense}")
+
+
+def test_the_readme_s_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "README.md").read_text().split("## Start from other weights")[1].split("\n## ")[0]
+    monkeypatch.chdir(tmp_path)
+    for line in re.findall(r"^    softmoe train (.*)$", section, flags=re.MULTILINE):
+        config = compose(RunConfig, [*shlex.split(line), *QUIET], lambda c: check(c, 1, 1))
+        assert train(config, ALONE) == "complete"
+    assert (tmp_path / "runs" / "upcycled" / "warm.json").is_file()
