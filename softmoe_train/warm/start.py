@@ -14,6 +14,7 @@ from softmoe_train.checkpoint.layout import Box, local_box
 from softmoe_train.engine.protocol import Engine
 from softmoe_train.model.records import ModelConfig
 from softmoe_train.model.vit import build_model
+from softmoe_train.observe.redact import without_secrets
 from softmoe_train.warm.lazy import Lazy
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.sources import Source, opened_source
@@ -92,7 +93,7 @@ def start_warm(
 
     Every rank calls it; raises CheckpointError on all alike, before a weight is touched where bytes are not what was saved.
     """
-    what = f"warm.source={config.source} cannot be used"
+    what = f"warm.source={without_secrets(config.source)} cannot be used"
 
     def stages() -> Warmed:
         with opened_source(config) as source:

@@ -203,7 +203,9 @@ class _Fitting:
         if t.shape != shape[1:]:
             self.misshapen.append(f"{name}: {dense} would give {t.shape} to each expert, and it is {shape[1:]} here")
             return Begin("created", None, "")
-        count = shape[0]
+        count, soft = shape[0], self.model.moe.soft
+        if count > 1 and self.model.moe.router == "soft" and soft.dispatch == soft.combine == "uniform":
+            self.alike.append(name)
         made = noisy(
             copies(t, count), self.config.noise if count > 1 else 0.0, seed=self.seed, name=name, per_expert=True
         )

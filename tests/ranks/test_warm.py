@@ -19,7 +19,7 @@ from tests.ranks.small import ADAMW, SEED, build, model_config
 from tests.unit.warm.bare import as_run, in_timm_names, model_of, small, warm_config, warmed
 
 EMA = AverageConfig(decay=0.75, warmup=False)
-LAYOUTS = {2: [(2, "replicated"), (1, "fsdp")], 4: [(2, "fsdp"), (4, "replicated")]}  # world: expert axis, sharding
+LAYOUTS = [(2, "fsdp"), (4, "replicated")]  # expert axis, sharding, of 4 ranks
 
 
 def here() -> ModelConfig:
@@ -35,7 +35,7 @@ def start(engine: Engine, rank: int, world: int, source: str, **changes: Any) ->
 def on_layouts(rank: int, world: int, source: str) -> list[tuple[dict[str, Tensor], int, int]]:
     """Of each layout the state after a noisy warm start, and how many elements this rank read and holds."""
     found, read_part = [], sources.read_part
-    for axis, sharding in LAYOUTS[world]:
+    for axis, sharding in LAYOUTS:
         engine, read = build(rank, world, axis, sharding, optim=ADAMW, average=EMA, perturbed=False), [0]
 
         def counted(file: Any, tensor: Any, chunk: Any, part: Any, target: Any, read: list[int] = read) -> None:
@@ -60,18 +60,17 @@ def check(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(not t.any() for name, t in state.items() if name.startswith("optimizer."))
 
 
-def test_every_layout_starts_with_the_weights_of_one_process_and_its_average_too(tmp_path: Path) -> None:
-    source = as_run(tmp_path / "dense", model_of(small(blocks=[])))
-    expected = warmed(here(), source, noise=0.1)[0].state_dict()
-    for world in LAYOUTS:
-        for state, _, _ in run_ranks(on_layouts, world, str(source))[0]:
-            check(state, expected)
+def both(rank: int, world: int, dense: str, soft: str) -> list[list[tuple[dict[str, Tensor], int, int]]]:
+    return [on_layouts(rank, world, dense), on_layouts(rank, world, soft)]
 
 
-def test_a_rank_reads_no_more_than_it_holds(tmp_path: Path) -> None:
-    source = as_run(tmp_path / "soft", model_of(here()))
-    ranks = run_ranks(on_layouts, 4, str(source))
-    for layout in zip(*ranks, strict=True):
+def test_every_layout_starts_with_the_weights_of_one_process_and_a_rank_reads_what_it_holds(tmp_path: Path) -> None:
+    dense, soft = as_run(tmp_path / "dense", model_of(small(blocks=[]))), as_run(tmp_path / "soft", model_of(here()))
+    ranks = run_ranks(both, 4, str(dense), str(soft))
+    expected = warmed(here(), dense, noise=0.1)[0].state_dict()
+    for state, _, _ in ranks[0][0]:
+        check(state, expected)
+    for layout in zip(*(on_soft for _, on_soft in ranks), strict=True):
         assert [read for _, read, _ in layout] == [held for _, _, held in layout]
 
 

@@ -81,20 +81,21 @@ def draw(curves: dict[str, Curve], steps: int, path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
-    colours = dict(zip(curves, ("#000000", "#0072b2", "#d55e00", "#cc79a7", "#009e73")))
+    colours = dict(zip(curves, ("#000000", "#0072b2", "#d55e00", "#56b4e9", "#009e73")))
     for measure, (axes, what) in enumerate(zip(panels, ("held-out loss", "held-out top-1")), start=1):
         for name, curve in curves.items():
             begin = 0 if name == "dense" else steps
             at, values = [begin + point[0] for point in curve], [point[measure] for point in curve]
-            axes.plot(at, values, color=colours[name], marker="o", markersize=4, label=name)
+            style = "--" if "noise" in name else "-"  # it may lie on the curve without
+            axes.plot(at, values, color=colours[name], linestyle=style, marker="o", markersize=4, label=name)
         axes.axvline(steps, color="grey", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step (runs after the dense one begin at the dotted line)")
         axes.set_title(what)
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
 
 
