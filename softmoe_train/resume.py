@@ -1,4 +1,4 @@
-"""This file owns where a run goes on: from which checkpoint of its folder, and what of it is taken over."""
+"""This file owns where a run goes on, or begins: from which checkpoint of its folder, or which weights, and what of it is taken over."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +12,7 @@ from softmoe_train.data import ImageStream
 from softmoe_train.faults.bad_steps import REMEDY, BadData, BadStepsError
 from softmoe_train.loop import TrainState
 from softmoe_train.settings import RunConfig, changed_settings
+from softmoe_train.warm.start import Warmed, start_warm
 
 LEFT_OUT = {  # by whether the checkpoint has averaged weights, where one side alone has
     True: "without its averaged weights",
@@ -19,12 +20,29 @@ LEFT_OUT = {  # by whether the checkpoint has averaged weights, where one side a
 }
 
 
-def resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit | None:
+def resume(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit | Warmed | None:
     """Fill `state`; None where it stays as it was. Precedence:
 
     1. the newest complete checkpoint of this run folder that is whole; damaged ones before it are named and set aside
-    2. scratch, only where there never was one: the weights that `initialize` derived from the seed
+    2. only where there never was one, the weights that `warm` names: step 0, a fresh optimizer, the first sample
+    3. scratch: the weights that `initialize` derived from the seed
     """
+    resumed = _newest(config, state, store, stream)
+    if resumed is not None or config.warm is None:
+        return resumed
+    return start_warm(
+        config.warm,
+        config.model,
+        state.engine,
+        seed=config.seed,
+        rank=store.rank,
+        world=store.world,
+        group=store.group,
+    )
+
+
+def _newest(config: RunConfig, state: TrainState, store: CheckpointStore, stream: ImageStream) -> Audit | None:
+    """Fill `state` from the newest whole checkpoint of the run; None where there never was one."""
     passed_over: list[str] = []
     while (path := store.latest()) is not None:
         try:
@@ -95,7 +113,7 @@ def go_back(
     """
     passed_over = [*state.bad_steps.passed_over, data]
     gone = store.delete_from(data.first_step)
-    resumed = resume(config, state, store, stream)
+    resumed = _newest(config, state, store, stream)
     if resumed is None:
         what = f"every step from {data.first_step} to {data.last_step} was bad"
         raise BadStepsError(f"{what}, and there is no checkpoint from before them to go back to. {REMEDY}")

@@ -3,6 +3,7 @@
 Read this file first, then loop.py, then model/moe.py.
 """
 
+import json
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -31,12 +32,14 @@ from softmoe_train.loop import Evaluator, Plan, TrainState, fit
 from softmoe_train.model.records import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
+from softmoe_train.observe.run_files import replace_text
 from softmoe_train.observe.startup import Startup
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.resume import go_back, resume
 from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
+from softmoe_train.warm.start import ACCOUNT, Warmed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -239,7 +242,7 @@ def _roll_back(
 
 
 def _log(
-    config: RunConfig, held: Claim | None, state: TrainState, *, resumed: Audit | None, startup: Startup | None
+    config: RunConfig, held: Claim | None, state: TrainState, *, resumed: Audit | Warmed | None, startup: Startup | None
 ) -> SilentLog:
     tree = config.as_saved()
 
@@ -266,10 +269,17 @@ def _log(
         taken_back=[(data.first_step, data.last_step) for data in state.bad_steps.passed_over],
     )
     state.wandb_id = log.wandb_id
-    if resumed is None and begun:
-        log.message(f"{config.folder} holds no checkpoint: starting from scratch, what it reported before is dropped")
-    if resumed is not None:
+    if not isinstance(resumed, Audit) and begun:
+        begins = "from scratch" if resumed is None else "anew"
+        log.message(f"{config.folder} holds no checkpoint: starting {begins}, what it reported before is dropped")
+    if isinstance(resumed, Audit):
         log.record("resumed", resumed.line(state.step, config.steps), resumed.facts())
+    elif resumed is not None:
+        if held is not None:
+            replace_text(config.folder / ACCOUNT, json.dumps(resumed.document(), indent=1) + "\n")
+        log.record("warm", resumed.line(), resumed.facts())
+        for difference in resumed.fit.differences:
+            log.warn(f"warm start: {difference}")
     return log
 
 

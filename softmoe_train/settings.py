@@ -28,6 +28,8 @@ from softmoe_train.optim.average import AverageConfig
 from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
 from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems
+from softmoe_train.warm.settings import WarmConfig
+from softmoe_train.warm.start import warm_problems
 
 Positive = Annotated[int, Field(ge=1)]
 Minutes = Annotated[float, Field(gt=0)]
@@ -73,6 +75,7 @@ class RunConfig(Record):
     data: DataConfig
     optim: OptimConfig
     average: AverageConfig | None
+    warm: WarmConfig | None  # weights to start from, where the run has no checkpoint yet
     schedule: ScheduleConfig
     parallel: ParallelConfig
     engine: EngineConfig
@@ -309,12 +312,14 @@ def _resume_problems(config: RunConfig) -> list[str]:
         return [f"{where}: {driver}"]
     try:
         path, saved = _newest_config(config.checkpoints)
-        if path is None:
-            return _missing_problems(config)
+        missing = _missing_problems(config) if path is None else []
     except CheckpointError as error:
         return [f"{where}: {error}"]
     except OSError as error:
         return [f"{where} cannot be read: {error}; mend that, or {another}"]
+    if path is None:
+        # The source is read, and needed, only where the run has no checkpoint of its own.
+        return missing or ([] if config.warm is None else warm_problems(config.warm, config.model, config.seed))
     assert isinstance(saved, dict), saved
     problems = []
     if step_of(path) > config.steps:

@@ -13,6 +13,7 @@ FLOORS = {
     "parallel": 1, "faults": 1, "launching": 1,
     "engine": 2, "checkpoint": 2, "plan": 2,
     "loop": 3,
+    "warm": 3,  # weights from elsewhere
     "evals": 4,
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
     "resume": 4.7,  # from which checkpoint run.py goes on
