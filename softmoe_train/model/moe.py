@@ -15,6 +15,7 @@ from softmoe_train.model.expert_mlp import expert_mlp
 from softmoe_train.model.init import InitRule, normal, xavier_uniform
 from softmoe_train.model.records import MoEConfig
 from softmoe_train.model.routing import SoftRouter
+from softmoe_train.model.soft_ablations import AblatedSoftRouter, IdentityRouter
 
 
 @runtime_checkable
@@ -73,7 +74,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, width: int, hidden: int) -> None:
         super().__init__()
-        self.group_images = config.group_images
+        self.config = config
         self.router = build_router(config, width)
         self.experts = Experts(config.num_experts, width, hidden, config.expert_init)
         self.exchange: SlotExchange = LocalExchange()
@@ -86,15 +87,20 @@ class MoE(nn.Module):
         A routing group is `group_images` consecutive images; B is a multiple of it. `keys`, one an image, are what noise is
         derived from; None, in evaluation, means none.
         """
-        routing = self.router(x.reshape(-1, self.group_images * x.shape[1], x.shape[2]), keys)
+        routing = self.router(x.reshape(-1, self.config.group_images * x.shape[1], x.shape[2]), keys)
         outputs = self.experts(routing.slots, self.exchange)
         return routing.read(outputs).view_as(x), routing.told
 
 
-def build_router(config: MoEConfig, width: int) -> SoftRouter:
+def build_router(config: MoEConfig, width: int) -> nn.Module:
     """The router that the settings name."""
+    E, S = config.num_experts, config.slots_per_expert
     match config.router:
+        case "soft" if config.soft.as_published:
+            return SoftRouter(width, E, S)
         case "soft":
-            return SoftRouter(width, config.num_experts, config.slots_per_expert)
+            return AblatedSoftRouter(config.soft, width, E, S)
+        case "identity":
+            return IdentityRouter(E, S)
         case _:
             raise NotImplementedError(config.router)
