@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmoe_train.model.keyed import dropout, keys_at, keys_within
 from softmoe_train.model.moe import MoE
 from softmoe_train.model.records import MoEConfig, SoftConfig
 from softmoe_train.model.routing import UNIT_EPS
@@ -42,10 +43,25 @@ def plain_layer(
     else:
         dispatch, combine = plain_weights(layer.config, dict(layer.router.named_parameters()), x)
     slots = _rounded(torch.einsum("GTES,GTD->GESD", dispatch.to(x.dtype), x), wire)
-    w1, b1, w2, b2 = (p.to(x.dtype) for p in (layer.experts.w1, layer.experts.b1, layer.experts.w2, layer.experts.b2))
-    hidden = F.gelu(torch.einsum("GESD,EDH->GESH", slots, w1) + b1.unsqueeze(1), approximate="tanh")
-    outputs = _rounded(torch.einsum("GESH,EHD->GESD", hidden, w2) + b2.unsqueeze(1), wire)
+    of_groups = None if keys is None else keys[:: layer.config.group_images]
+    weights = {name: p.to(x.dtype) for name, p in layer.experts.named_parameters()}
+    outputs = _rounded(_plain_experts(layer.config, weights, slots, of_groups), wire)
     return torch.einsum("GTES,GESD->GTD", combine.to(x.dtype), outputs).view_as(images), told
+
+
+def _plain_experts(config: MoEConfig, w: Mapping[str, Tensor], slots: Tensor, keys: Tensor | None) -> Tensor:
+    def linear(x: Tensor, weight: str, bias: str) -> Tensor:
+        return torch.einsum("GESI,EIO->GESO", x, w[weight]) + w[bias].unsqueeze(1)
+
+    hidden = linear(slots, "w1", "b1")
+    if config.expert == "gated_mlp":
+        hidden = F.gelu(linear(slots, "wg", "bg"), approximate="tanh") * hidden
+    else:
+        hidden = F.gelu(hidden, approximate="tanh")
+    if config.expert_dropout and keys is not None:
+        of_experts = keys_within(keys_at(keys, "expert dropout"), (slots.shape[1],))
+        hidden = dropout(hidden, keys_within(of_experts, (slots.shape[2],)), config.expert_dropout)
+    return linear(hidden, "w2", "b2")
 
 
 def plain_weights(config: MoEConfig, router: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
