@@ -26,14 +26,14 @@ def image_keys(seed: int, sample_ids: Int64[Tensor, " B"]) -> Int64[Tensor, " B"
 
 def keys_at(keys: Int64[Tensor, "..."], place: str) -> Int64[Tensor, "..."]:
     """The keys of one place where randomness is used, as a layer and what it does there: no two places share numbers."""
-    number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little")
-    return _mix(keys ^ _signed(number))
+    return _mix(keys ^ _place_number(place))
 
 
 def uniform(keys: Int64[Tensor, "*B"], shape: tuple[int, ...]) -> Float[Tensor, "..."]:
     """Numbers of (0, 1), float32, `shape` of them for each key (shape *B *shape): the i-th depends on the key and i alone."""
     count = torch.Size(shape).numel()
-    counter = torch.arange(1, count + 1, device=keys.device).view(shape)
+    # ^ 0: inductor takes arange times a number for an index, which must not wrap (torch 2.13).
+    counter = (torch.arange(1, count + 1, device=keys.device) ^ 0).view(shape)
     bits = _mix(keys.reshape(*keys.shape, *(1,) * len(shape)) + counter * _GOLDEN)
     return (_shifted(bits, 41).float() + 0.5) * 2.0**-23
 
@@ -41,6 +41,11 @@ def uniform(keys: Int64[Tensor, "*B"], shape: tuple[int, ...]) -> Float[Tensor, 
 def normal(keys: Int64[Tensor, "*B"], shape: tuple[int, ...]) -> Float[Tensor, "..."]:
     """Numbers of N(0, 1), float32, by the inverse of its distribution: at most 5.3 from 0."""
     return torch.special.ndtri(uniform(keys, shape))
+
+
+@torch.compiler.assume_constant_result
+def _place_number(place: str) -> int:
+    return _signed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little"))
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from softmoe_train.model.expert_mlp import expert_mlp
 from softmoe_train.model.init import InitRule, normal, xavier_uniform
 from softmoe_train.model.records import MoEConfig
 from softmoe_train.model.routing import SoftRouter
+from softmoe_train.model.soft_ablations import AblatedSoftRouter, IdentityRouter
+from softmoe_train.model.sparse import ExpertsChoiceRouter, TokensChoiceRouter
 
 
 @runtime_checkable
@@ -73,28 +75,40 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, width: int, hidden: int) -> None:
         super().__init__()
-        self.group_images = config.group_images
+        self.config = config
         self.router = build_router(config, width)
         self.experts = Experts(config.num_experts, width, hidden, config.expert_init)
         self.exchange: SlotExchange = LocalExchange()
 
     def forward(
-        self, x: Float[Tensor, "B T D"], keys: Int64[Tensor, " B"] | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        keys: Int64[Tensor, " B"] | None = None,
+        real: Bool[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " M"] | None]:
         """The tokens after their experts, and what the router tells (`routing.MEASURES`, summed over groups); None if nothing.
 
         A routing group is `group_images` consecutive images; B is a multiple of it. `keys`, one an image, are what noise is
-        derived from; None, in evaluation, means none.
+        derived from; None, in evaluation, means none. Images that are not `real`, if any are not, take no slot from others.
         """
-        routing = self.router(x.reshape(-1, self.group_images * x.shape[1], x.shape[2]), keys)
+        tokens = x.reshape(-1, self.config.group_images * x.shape[1], x.shape[2])
+        # Where nothing competes, an image is a group of its own whether it is real or not.
+        routing = self.router(tokens, keys, real) if self.config.is_sparse else self.router(tokens, keys)
         outputs = self.experts(routing.slots, self.exchange)
         return routing.read(outputs).view_as(x), routing.told
 
 
-def build_router(config: MoEConfig, width: int) -> SoftRouter:
+def build_router(config: MoEConfig, width: int) -> nn.Module:
     """The router that the settings name."""
+    E, S = config.num_experts, config.slots_per_expert
     match config.router:
+        case "soft" if config.soft.as_published:
+            return SoftRouter(width, E, S)
         case "soft":
-            return SoftRouter(width, config.num_experts, config.slots_per_expert)
-        case _:
-            raise NotImplementedError(config.router)
+            return AblatedSoftRouter(config.soft, width, E, S)
+        case "identity":
+            return IdentityRouter(E, S)
+        case "tokens_choice":
+            return TokensChoiceRouter(width, config)
+        case "experts_choice":
+            return ExpertsChoiceRouter(width, config)

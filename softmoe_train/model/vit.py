@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from softmoe_train.model.init import InitRule, constant, normal, zeros
+from softmoe_train.model.keyed import keys_at
 from softmoe_train.model.layers import Attention, LayerNorm, Linear, Mlp, PatchEmbed
 from softmoe_train.model.moe import MoE
 from softmoe_train.model.records import ModelConfig, moe_blocks
@@ -73,6 +74,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.draws = config.moe.is_sparse and config.moe.sparse.noise_std > 0
         with_experts = set(moe_blocks(config.moe.blocks, config.depth))
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.position = nn.Parameter(torch.empty(config.num_tokens, config.width))
@@ -93,8 +95,10 @@ class ViT(nn.Module):
             images = images.to(torch.float32) / 127.5 - 1.0
         x = self.patch_embed(images.to(self.dtype)) + self.position.to(self.dtype)
         all_told = []
-        for block in self.blocks:
-            x, told = block(x, keys)
+        for i, block in enumerate(self.blocks):
+            # Of the block: so blocks of one shape stay one graph under torch.compile.
+            own = keys_at(keys, f"blocks.{i}") if keys is not None and self.draws else None
+            x, told = block(x, own)
             if told is not None:
                 all_told.append(told)
         return self.norm(x).mean(dim=1), all_told

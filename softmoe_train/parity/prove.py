@@ -114,10 +114,10 @@ class _Proof:
         layers = {name: m for name, m in engine.module.named_modules() if isinstance(m, MoE)}
         errors = {}
         for name, layer in layers.items():
-            router = layer.router
             x = routing_tokens(self.config, name, self.images).to(self.device, DTYPES[self.config.precision])
-            wanted = plain_weights(local_values(router.phi).double(), local_values(router.scale).double(), x.double())
-            got = router(x)
+            parameters = {key: local_values(p).double() for key, p in layer.router.named_parameters()}
+            wanted = plain_weights(layer.config, parameters, x.double())
+            got = layer.router(x)
             worst = max(distance(a, b) for a, b in zip((got.dispatch, got.combine), wanted, strict=True))
             errors[f"{name}.router"] = gather_over_world(torch.tensor([worst], device=self.device)).max().item()
         self._row("routing", self.allowed.routing, errors)
