@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from softmoe_train.bench.exchange_clock import ExchangeClock, TimedExchange, moe_layers
-from softmoe_train.bench.flops import multiplies, peak_product, training_flops
+from softmoe_train.bench.flops import multiplies, peak_product
 from softmoe_train.bench.rounds import Side, Spread, Timings, measure, no_reset
 from softmoe_train.bench.settings import Measuring, StepSettings
 from softmoe_train.bench.table import Outcome, milliseconds, progress, ratio
@@ -21,6 +21,7 @@ from softmoe_train.data import Batch, Cursor, build_stream, check_data, make_ind
 from softmoe_train.dist import World, gather_over_world, gather_texts
 from softmoe_train.engine.protocol import Engine
 from softmoe_train.loop import train_step
+from softmoe_train.model.count import model_flops
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.run import DTYPES, build_engine, build_topology
 from softmoe_train.settings import RunConfig
@@ -105,7 +106,7 @@ class Rehearsal:
         out, both = (self.travel[name][warmup:] for name in ("forward", "backward"))
         rounds = range(len(both))
         step = [seconds["data"][i] + seconds["step"][i] for i in rounds]
-        flops = images * training_flops(self.config.model)
+        flops = images * model_flops(self.config.model).training
         speed = [flops / s for s in step]
         peak = [self.product_flops / s for s in seconds["product"]]
         return Parts(
@@ -208,7 +209,7 @@ def _outcome(parts: Parts, settings: StepSettings, config: RunConfig, topology: 
     row: dict[str, Any] = {
         "seconds": {name: getattr(parts, name)._asdict() for name in shown},
         "images_per_second": rate,
-        "flops_per_image": training_flops(config.model),
+        "flops_per_image": model_flops(config.model).training,
         "utilisation": parts.utilisation._asdict(),
         "product_flops_per_second": parts.peak._asdict(),
         "batch_size": config.batch_size,
