@@ -14,7 +14,7 @@ PAIRS, FOURS = " model.moe.sparse.group_images=2", " model.moe.sparse.group_imag
 
 CASES = [
     Case(4, 1, "fsdp", "float32", 1, "none", TOKENS + PAIRS),
-    Case(4, 2, "hsdp", "float32", 2, "none", EXPERTS + PAIRS),
+    Case(4, 2, "hsdp", "float32", 2, "none", EXPERTS + PAIRS + " model.moe.expert_dropout=0.25"),
     Case(4, 4, "replicated", "float32", 1, "block", EXPERTS),
     Case(4, 4, "fsdp", "float32", 2, "none", TOKENS + PAIRS),
     Case(2, 1, "zero 1", "float32", 2, "none", EXPERTS + FOURS),
