@@ -9,9 +9,13 @@ CASES = {
     "soft / uniform": Case(2, 2, "replicated", "float32", 1, "none", f"{SOFT}combine=uniform"),
     "uniform / soft": Case(2, 1, "fsdp", "float32", 1, "none", f"{SOFT}dispatch=uniform"),
     "uniform": Case(2, 2, "fsdp", "float32", 1, "block", f"{SOFT}dispatch=uniform model.moe.soft.combine=uniform"),
-    "uniform under zero": Case(2, 1, "zero 1", "float32", 1, "none", f"{SOFT}dispatch=uniform model.moe.soft.combine=uniform"),
+    "uniform under zero": Case(
+        2, 1, "zero 1", "float32", 1, "none", f"{SOFT}dispatch=uniform model.moe.soft.combine=uniform"
+    ),
     "identity": Case(2, 2, "zero 1", "float32", 1, "none", "model.moe.router=identity model.moe.slots_per_expert=1"),
-    "identity, sharded": Case(2, 2, "fsdp", "bfloat16", 1, "moe", "model.moe.router=identity model.moe.slots_per_expert=1"),
+    "identity, sharded": Case(
+        2, 2, "fsdp", "bfloat16", 1, "moe", "model.moe.router=identity model.moe.slots_per_expert=1"
+    ),
     "separate": Case(2, 2, "fsdp", "float32", 2, "none", f"optim=adafactor {SOFT}combine=separate"),
     "not normalised": Case(2, 1, "replicated", "float32", 1, "none", f"{SOFT}normalize=false"),
 }
