@@ -74,7 +74,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.draws = config.moe.is_sparse and config.moe.sparse.noise_std > 0
+        self.draws = config.moe.expert_dropout > 0 or (config.moe.is_sparse and config.moe.sparse.noise_std > 0)
         with_experts = set(moe_blocks(config.moe.blocks, config.depth))
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.position = nn.Parameter(torch.empty(config.num_tokens, config.width))

@@ -5,6 +5,7 @@ import pytest
 from tests.ranks.test_matrix import Case, check, proofs
 
 SOFT = "model.moe.expert_init=independent model.moe.soft."
+GATED = "model.moe.expert=gated_mlp"
 CASES = {
     "soft / uniform": Case(2, 2, "replicated", "float32", 1, "none", f"{SOFT}combine=uniform"),
     "uniform / soft": Case(2, 1, "fsdp", "float32", 1, "none", f"{SOFT}dispatch=uniform"),
@@ -18,6 +19,12 @@ CASES = {
     ),
     "separate": Case(2, 2, "fsdp", "float32", 2, "none", f"optim=adafactor {SOFT}combine=separate"),
     "not normalised": Case(2, 1, "replicated", "float32", 1, "none", f"{SOFT}normalize=false"),
+    "gated": Case(2, 2, "fsdp", "float32", 1, "none", GATED),
+    # One expert on two ranks: cut along its hidden layer, of 42 values.
+    "gated, cut inside": Case(2, 1, "fsdp", "float32", 1, "none", f"{GATED} model.moe.num_experts=1"),
+    "gated, dropped": Case(2, 2, "zero 2", "float32", 1, "none", f"{GATED} model.moe.expert_dropout=0.3"),
+    "dropped": Case(2, 2, "fsdp", "float32", 2, "block", "model.moe.expert_dropout=0.3 parallel.exchange_chunks=2"),
+    "dropped, no axis": Case(2, 1, "replicated", "float32", 1, "moe", "model.moe.expert_dropout=0.3"),
 }
 
 
