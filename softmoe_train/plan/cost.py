@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from softmoe_train.model.count import model_flops
+from softmoe_train.model.count import forward_flops, training_flops
 from softmoe_train.model.moe import MoE
 from softmoe_train.model.records import ModelConfig, moe_blocks
 from softmoe_train.model.vit import build_model
@@ -19,22 +19,12 @@ class Cost(NamedTuple):
     parameters: int
     expert_parameters: int
     active_parameters: (
-        int  # per image: all but experts, and as many experts as an image has slots, on the mean of its group
+        int  # per image: all but experts, and of those as many as an image has slots, where that is fewer
     )
     slots_per_token: float  # rows that experts compute, to those of a dense MLP; 0 without experts
     forward_flops: int  # two a multiply-add
     training_flops: int  # forward and backward
-    one_hot_flops: (
-        int  # of a forward, what the paper's sparse routers add: dispatch and combine as products with one-hot matrices
-    )
-
-    def paper_training_exaflop(self, images: int) -> float:
-        """As the paper counts training: one a multiply-add, times three, with the one-hot products of sparse routers (paper.md 2.2)."""
-        return 3 * images * (self.forward_flops + self.one_hot_flops) / 2 / 1e18
-
-    def training_exaflop(self, images: int) -> float:
-        """As we count: two a multiply-add, of the forward and backward that run."""
-        return images * self.training_flops / 1e18
+    paper_training_flops: int  # as the function of that name says
 
 
 def cost_of(config: ModelConfig) -> Cost:
@@ -45,21 +35,26 @@ def cost_of(config: ModelConfig) -> Cost:
     in_experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
     slots = config.moe.num_experts * config.capacity / config.group_images if layers else 0.0
     reached = min(1.0, slots / config.moe.num_experts)
-    flops = model_flops(config)
+    forward = forward_flops(config)
     return Cost(
         parameters=total,
         expert_parameters=in_experts,
         active_parameters=round(total - in_experts * (1 - reached)),
         slots_per_token=slots / config.num_tokens,
-        forward_flops=flops.forward,
-        training_flops=flops.training,
-        one_hot_flops=2 * one_hot_products(config),
+        forward_flops=forward,
+        training_flops=training_flops(config),
+        paper_training_flops=paper_training_flops(config, forward),
     )
 
 
-def one_hot_products(config: ModelConfig) -> int:
-    """Multiply-adds of one image that a gather does not make: 2 T D (E S) in each layer, S for the whole group."""
-    if not config.moe.is_sparse:
-        return 0
-    slots = config.moe.num_experts * config.capacity
-    return len(moe_blocks(config.moe.blocks, config.depth)) * 2 * config.num_tokens * config.width * slots
+def paper_training_flops(config: ModelConfig, forward: int) -> int:
+    """Of one image, as the paper counts training (paper.md 2.2): one a multiply-add of the `forward` FLOPs, times three.
+
+    Its sparse routers dispatch and combine by products with one-hot matrices, which our gathers do not make: 2 T D (E S) in each layer,
+    S for the whole group.
+    """
+    one_hot = 0
+    if config.moe.is_sparse:
+        layers = len(moe_blocks(config.moe.blocks, config.depth))
+        one_hot = layers * 2 * config.num_tokens * config.width * config.moe.num_experts * config.capacity
+    return 3 * (forward // 2 + one_hot)

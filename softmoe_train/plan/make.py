@@ -90,8 +90,8 @@ class Plan(NamedTuple):
             "model": {
                 **cost._asdict(),
                 "images": self.images,
-                "training_exaflop": cost.training_exaflop(self.images),
-                "paper_training_exaflop": cost.paper_training_exaflop(self.images),
+                "training_exaflop": cost.training_flops * self.images / 1e18,
+                "paper_training_exaflop": cost.paper_training_flops * self.images / 1e18,
             },
             "rank": {
                 **held._asdict(),

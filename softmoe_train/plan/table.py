@@ -78,8 +78,8 @@ def _model_rows(plan: Plan) -> list[tuple[str, str]]:
         ]
     rows += [
         ("forward of an image (2 a multiply-add)", f"{cost.forward_flops / 1e9:,.4g} GFLOP"),
-        (f"training on {images:,} images, as it runs (2)", f"{cost.training_exaflop(images):,.4g} exaFLOP"),
-        ("  as the paper counts it (1, times 3)", f"{cost.paper_training_exaflop(images):,.4g} exaFLOP"),
+        (f"training on {images:,} images, as it runs (2)", f"{cost.training_flops * images / 1e18:,.4g} exaFLOP"),
+        ("  as the paper counts it (1, times 3)", f"{cost.paper_training_flops * images / 1e18:,.4g} exaFLOP"),
     ]
     return rows
 
@@ -150,7 +150,7 @@ def _compared(plan: Plan) -> list[str]:
     return [
         f"{plan.cost.parameters:,}",
         f"{plan.cost.forward_flops / 1e9:,.4g}",
-        f"{plan.cost.paper_training_exaflop(plan.images):,.4g}",
+        f"{plan.cost.paper_training_flops * plan.images / 1e18:,.4g}",
         *map(data, bytes_of),
         data(rehearsed.checkpoint),
     ]
