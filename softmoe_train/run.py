@@ -20,6 +20,7 @@ from softmoe_train.dist import World, control_group, gather_over_world, gather_t
 from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
+from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.bad_batches import BadBatches
@@ -116,8 +117,10 @@ def build_topology(config: RunConfig, world: World, device: torch.device) -> Top
     return Topology.build(config.parallel, num_experts=experts, device=device, size=world.size, local_size=local_size)
 
 
-def build_engine(config: RunConfig, topology: Topology, device: torch.device) -> TorchEngine | DeepSpeedEngine:
-    """The engine that the settings name, its weights as the seed gives them."""
+def build_engine(
+    config: RunConfig, topology: Topology, device: torch.device, materialise: Materialise = with_values
+) -> TorchEngine | DeepSpeedEngine:
+    """The engine that the settings name, its weights as the seed gives them (or as `materialise` does)."""
     model = build_model(config.model, DTYPES[config.precision])
     match config.engine:
         case TorchEngineConfig():
@@ -132,6 +135,7 @@ def build_engine(config: RunConfig, topology: Topology, device: torch.device) ->
                 global_batch=config.batch_size,
                 seed=config.seed,
                 device=device,
+                materialise=materialise,
             )
         case DeepSpeedConfig():
             return build_deepspeed_engine(
@@ -143,6 +147,7 @@ def build_engine(config: RunConfig, topology: Topology, device: torch.device) ->
                 loss=config.loss,
                 seed=config.seed,
                 device=device,
+                materialise=materialise,
             )
 
 

@@ -1,42 +1,16 @@
-"""This file owns the count of a model's FLOPs, and the matrix product that stands for what the hardware can do."""
+"""This file owns the matrix products that a measurement sees, and the one that stands for what the hardware can do."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_train.model.products import product_dtype
-from softmoe_train.model.records import ModelConfig
-from softmoe_train.model.vit import ViT
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm: 2, aten.bmm: 2, aten.addmm: 3, aten.baddbmm: 3}  # and the number of arguments up to the factors
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough for full speed, small enough for a round
-
-
-def forward_flops(config: ModelConfig) -> int:
-    """FLOPs of the matrix products of one image's forward, counted in the model itself, without its memory."""
-    return _counted(config, backward=False)
-
-
-def training_flops(config: ModelConfig) -> int:
-    """FLOPs of the matrix products of one image's forward and backward; what recompute repeats is not counted."""
-    return _counted(config, backward=True)
-
-
-def _counted(config: ModelConfig, *, backward: bool) -> int:
-    # As plain products: fused attention computes some again in backward, which are no FLOPs of the model.
-    plain = sdpa_kernel(SDPBackend.MATH)
-    with FakeTensorMode(), plain, torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
-        model = ViT(config)
-        logits = model(torch.empty(1, 3, config.image_size, config.image_size, dtype=torch.uint8)).logits
-        if backward:
-            logits.sum().backward()
-    return counter.get_total_flops()
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softmoe_train.bench.flops import forward_flops
 from softmoe_train.bench.rounds import Side, Timings, measure, no_reset
 from softmoe_train.bench.settings import InferSettings
 from softmoe_train.bench.table import Outcome, milliseconds, progress, ratio
+from softmoe_train.model.count import forward_flops
 from softmoe_train.model.init import initialize
 from softmoe_train.model.records import ModelConfig, moe_blocks
 from softmoe_train.model.vit import ViT, build_model

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from softmoe_train.bench.exchange_clock import ExchangeClock, TimedExchange, moe_layers
-from softmoe_train.bench.flops import multiplies, peak_product, training_flops
+from softmoe_train.bench.flops import multiplies, peak_product
 from softmoe_train.bench.rounds import Side, Spread, Timings, measure, no_reset
 from softmoe_train.bench.settings import Measuring, StepSettings
 from softmoe_train.bench.table import Outcome, milliseconds, progress, ratio
@@ -21,6 +21,7 @@ from softmoe_train.data import Batch, Cursor, build_stream, check_data, make_ind
 from softmoe_train.dist import World, gather_over_world, gather_texts
 from softmoe_train.engine.protocol import Engine
 from softmoe_train.loop import train_step
+from softmoe_train.model.count import training_flops
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.run import DTYPES, build_engine, build_topology
 from softmoe_train.settings import RunConfig

@@ -6,6 +6,7 @@ the skip of a non-finite update are ours, as are names, shapes and checkpoints: 
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,12 @@ from torch.distributed import get_process_group_ranks
 from torch.distributed.tensor import DTensor
 
 from softmoe_train.data.batch import Batch
-from softmoe_train.dist import laid_out_as, local_offsets, local_values
+from softmoe_train.dist import laid_out_as, local_values
 from softmoe_train.engine.deepspeed_config import Decided, settings
 from softmoe_train.engine.deepspeed_state import HeldState, PartitionedState, ReplicatedState
 from softmoe_train.engine.objective import Objective
 from softmoe_train.engine.protocol import GradStats
-from softmoe_train.model.init import LocalPart, initialize
+from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import Predictions, ViT
 from softmoe_train.optim.average import AverageConfig, WeightAverage
@@ -150,15 +151,15 @@ def build_deepspeed_engine(
     loss: LossKind,
     seed: int,
     device: torch.device,
+    materialise: Materialise = with_values,
 ) -> DeepSpeedEngine:
-    """Shard experts, compile, recompute, materialise, initialise, optimizer, ZeRO: in that order, on a model of the meta device."""
+    """Shard experts, compile, recompute, materialise, optimizer, ZeRO: in that order, on a model of the meta device."""
     shard_experts(model, topology.ep, build_exchange(decided.parallel, topology))
     if compiled:
         compile_blocks(model, whole=decided.parallel.recompute != "moe")
     recompute(model, decided.parallel.recompute)
     layouts = {name: p.detach() for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    model.to_empty(device=device)
-    initialize(model, seed, lambda p: LocalPart(local_values(p), local_offsets(p)))
+    materialise(model, device, seed)
     _make_local(model, layouts)
     parameters = dict(model.named_parameters())
     optimizer = elementwise_optimizer(decided.optim, parameters)
@@ -182,6 +183,13 @@ def build_deepspeed_engine(
     else:
         held = PartitionedState(parameters, wrapped.optimizer)
     return DeepSpeedEngine(model, wrapped, held, layouts, decided.optim, average, loss, decided.batch_size, seed)
+
+
+def forget_groups() -> None:
+    """Have DeepSpeed let go of the process groups of engines that are no more: it would use them in the next of this process."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        groups._release_process_group_references(group=None)
 
 
 def _make_local(model: nn.Module, layouts: dict[str, Tensor]) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from softmoe_train.data.batch import Batch
-from softmoe_train.dist import laid_out_as, local_offsets, local_values
+from softmoe_train.dist import laid_out_as, local_values
 from softmoe_train.engine.objective import Objective
 from softmoe_train.engine.protocol import GradStats
-from softmoe_train.model.init import LocalPart, initialize
+from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import ViT
 from softmoe_train.optim.average import AverageConfig, WeightAverage
@@ -169,8 +169,9 @@ def build_torch_engine(
     global_batch: int,
     seed: int,
     device: torch.device,
+    materialise: Materialise = with_values,
 ) -> TorchEngine:
-    """Shard experts, compile, recompute, shard the rest, materialise, initialise, optimizer: in that order, on a model of the
+    """Shard experts, compile, recompute, shard the rest, materialise, optimizer: in that order, on a model of the
     meta device."""
     shard_experts(model, topology.ep, build_exchange(parallel, topology))
     if compiled:
@@ -178,6 +179,5 @@ def build_torch_engine(
     recompute(model, parallel.recompute)
     if topology.dense is not None:
         shard_fully(model, topology, model.dtype, prefetch=parallel.prefetch)
-    model.to_empty(device=device)
-    initialize(model, seed, lambda p: LocalPart(local_values(p), local_offsets(p)))
+    materialise(model, device, seed)
     return TorchEngine(model, optim, average, parallel, topology, loss, global_batch, seed)

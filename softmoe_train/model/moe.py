@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from softmoe_train.model.expert_mlp import Dropout, expert_mlp, gated_hidden
@@ -17,6 +17,7 @@ from softmoe_train.model.keyed import keys_at, keys_within
 from softmoe_train.model.records import MoEConfig
 from softmoe_train.model.routing import SoftRouter
 from softmoe_train.model.soft_ablations import AblatedSoftRouter, IdentityRouter
+from softmoe_train.model.sparse import ExpertsChoiceRouter, TokensChoiceRouter
 
 # Makes "e N D" of the rows "e N D" of local experts, and of keys "e R·G", one for each routing group of each expert, or None.
 Compute = Callable[[Tensor, Tensor | None], Tensor]
@@ -109,14 +110,19 @@ class MoE(nn.Module):
         self.exchange: SlotExchange = LocalExchange()
 
     def forward(
-        self, x: Float[Tensor, "B T D"], keys: Int64[Tensor, " B"] | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        keys: Int64[Tensor, " B"] | None = None,
+        real: Bool[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " M"] | None]:
         """The tokens after their experts, and what the router tells (`routing.MEASURES`, summed over groups); None if nothing.
 
         A routing group is `group_images` consecutive images; B is a multiple of it. `keys`, one an image, are what noise and
-        dropout are derived from; None, in evaluation, means none.
+        dropout are derived from; None, in evaluation, means none. Images that are not `real`, if any are not, take no slot from others.
         """
-        routing = self.router(x.reshape(-1, self.config.group_images * x.shape[1], x.shape[2]), keys)
+        tokens = x.reshape(-1, self.config.group_images * x.shape[1], x.shape[2])
+        # Where nothing competes, an image is a group of its own whether it is real or not.
+        routing = self.router(tokens, keys, real) if self.config.is_sparse else self.router(tokens, keys)
         # Of the images of a group the first stands for all: groups begin at fixed global samples.
         of_groups = None if keys is None else keys[:: self.config.group_images]
         outputs = self.experts(routing.slots, self.exchange, of_groups)
@@ -133,5 +139,7 @@ def build_router(config: MoEConfig, width: int) -> nn.Module:
             return AblatedSoftRouter(config.soft, width, E, S)
         case "identity":
             return IdentityRouter(E, S)
-        case _:
-            raise NotImplementedError(config.router)
+        case "tokens_choice":
+            return TokensChoiceRouter(width, config)
+        case "experts_choice":
+            return ExpertsChoiceRouter(width, config)

@@ -24,7 +24,7 @@ RULES = (
     ("head", r"head\.weight"),
     (
         "kernels",
-        r"patch_embed\.weight|blocks\.\d+\.(attn\.(qkv|out)|mlp\.fc[12])\.weight|blocks\.\d+\.moe\.experts\.w[12g]",
+        r"patch_embed\.weight|blocks\.\d+\.(attn\.(qkv|out)|mlp\.fc[12])\.weight|blocks\.\d+\.moe\.(experts\.w[12g]|router\.gate)",
     ),
     ("router_scale", r"blocks\.\d+\.moe\.router\.scale"),
     (
@@ -53,4 +53,4 @@ def expert_dim(name: str) -> int | None:
     """The dim of a parameter that counts experts, None where it has none; its slices are tensors of their own."""
     if re.fullmatch(r"blocks\.\d+\.moe\.experts\.[wb][12g]", name):
         return 0
-    return 1 if re.fullmatch(r"blocks\.\d+\.moe\.router\.(combine_)?phi", name) else None
+    return 1 if re.fullmatch(r"blocks\.\d+\.moe\.router\.((combine_)?phi|gate)", name) else None

@@ -1,6 +1,6 @@
 """This file owns the MoE layer as the paper writes it: a few einsums and softmaxes, differentiated by autograd alone.
 
-G images  T tokens  D width  E experts  S slots per expert  H hidden
+B images  G routing groups (of Soft MoE: one image each)  T tokens  D width  E experts  S slots per expert  H hidden
 """
 
 from collections.abc import Mapping
@@ -13,19 +13,40 @@ from softmoe_train.model.keyed import dropout, keys_at, keys_within
 from softmoe_train.model.moe import MoE
 from softmoe_train.model.records import MoEConfig, SoftConfig
 from softmoe_train.model.routing import UNIT_EPS
+from softmoe_train.model.sparse import Decisions
+from softmoe_train.parity.plain_sparse import plain_sparse
 
 
-def plain_layer(layer: MoE, wire: torch.dtype | None, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, None]:
-    """What `layer` should compute of x ("G T D"), from its settings and weights only (paper Algorithm 1 and 2).
+class Followed:
+    """The decisions of a layout's sparse router that one process takes over, and how far they are from its own."""
+
+    def __init__(self) -> None:
+        self.decided: Decisions | None = None
+        self.apart = 0.0
+
+
+def plain_layer(
+    layer: MoE, wire: torch.dtype | None, followed: Followed, x: Tensor, keys: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What `layer` should compute of x ("B T D"), from its settings and weights only (paper Algorithm 1 and 2, paper.md 4).
 
     None of the layer's own code runs: not its products, its backward or its exchange. `wire` is what slots are rounded to on
     their way.
     """
-    dispatch, combine = plain_weights(layer.config, dict(layer.router.named_parameters()), x)
+    images, told = x, None
+    if layer.config.is_sparse:
+        x = images.reshape(-1, layer.config.group_images * images.shape[1], images.shape[2])
+        assert followed.decided is not None
+        routing = plain_sparse(layer.config, layer.router.get_parameter("gate"), x, keys, followed.decided)
+        followed.apart = max(followed.apart, routing.apart)
+        dispatch, combine, told = routing[:3]
+    else:
+        dispatch, combine = plain_weights(layer.config, dict(layer.router.named_parameters()), x)
     slots = _rounded(torch.einsum("GTES,GTD->GESD", dispatch.to(x.dtype), x), wire)
+    of_groups = None if keys is None else keys[:: layer.config.group_images]
     weights = {name: p.to(x.dtype) for name, p in layer.experts.named_parameters()}
-    outputs = _rounded(_plain_experts(layer.config, weights, slots, keys), wire)
-    return torch.einsum("GTES,GESD->GTD", combine.to(x.dtype), outputs), None
+    outputs = _rounded(_plain_experts(layer.config, weights, slots, of_groups), wire)
+    return torch.einsum("GTES,GESD->GTD", combine.to(x.dtype), outputs).view_as(images), told
 
 
 def _plain_experts(config: MoEConfig, w: Mapping[str, Tensor], slots: Tensor, keys: Tensor | None) -> Tensor:

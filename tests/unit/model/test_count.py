@@ -1,4 +1,4 @@
-from softmoe_train.bench.flops import forward_flops, training_flops
+from softmoe_train.model.count import forward_flops, training_flops
 from tests.ranks.small import model_config
 
 
