@@ -24,6 +24,15 @@ CASES = {
     "gated, cut inside": Case(2, 1, "fsdp", "float32", 1, "none", f"{GATED} model.moe.num_experts=1"),
     "gated, dropped": Case(2, 2, "zero 2", "float32", 1, "none", f"{GATED} model.moe.expert_dropout=0.3"),
     "dropped": Case(2, 2, "fsdp", "float32", 2, "block", "model.moe.expert_dropout=0.3 parallel.exchange_chunks=2"),
+    "dropped in groups of two images": Case(
+        2,
+        2,
+        "replicated",
+        "float32",
+        2,
+        "none",
+        f"model.moe.router=tokens_choice model.moe.sparse.group_images=2 {GATED} model.moe.expert_dropout=0.3",
+    ),
     "dropped, no axis": Case(2, 1, "replicated", "bfloat16", 1, "moe", "model.moe.expert_dropout=0.3"),
 }
 FOUR = "optim=adafactor model.moe.expert_dropout=0.3"
