@@ -17,6 +17,7 @@ from softmoe_train.config import compose, compose_own
 from softmoe_train.model.vit import build_model
 from softmoe_train.parity.session import ParityConfig
 from softmoe_train.settings import RunConfig
+from tests.models import moe_config
 from tests.ranks.small import model_config
 from tests.runs import ROOT, environment
 from tests.unit.checkpoint.test_export import plain_logits
@@ -71,6 +72,16 @@ def test_rows_of_the_table_of_changes_compose() -> None:
     for words in overrides:
         if all("=" in word for word in words) and "..." not in words:
             compose(RunConfig, words, lambda _: [])
+
+
+def test_ablations_are_settings_of_the_paper_s_model() -> None:
+    section = TEXTS[0].read_text().split("## Ablations")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|.*\| `(.*)` \|$", section, flags=re.MULTILINE)
+    plain = compose(RunConfig, ["model=soft_s14_256e"], lambda _: []).model
+    assert len(rows) == 8
+    for row in rows:
+        ablated = compose(RunConfig, ["model=soft_s14_256e", *row.split()], lambda _: []).model
+        assert ablated.has_experts and ablated != plain
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +145,9 @@ def test_the_names_in_the_readme_are_those_of_the_file() -> None:
     rows = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]
     documented = {part for row in rows for span in re.findall(r"`([^`]+)`", row) for part in span.split(".")}
     documented |= {"query_norm", "key_norm"}  # in the row of qkv
-    for name in build_model(model_config(), torch.float32).state_dict():
+    ablated = moe_config(blocks="last 1", soft={"combine": "separate"}, expert="gated_mlp")
+    models = [build_model(config, torch.float32) for config in (model_config(), model_config(moe=ablated))]
+    for name in [name for model in models for name in model.state_dict()]:
         assert {part for part in name.split(".") if not part.isdecimal()} <= documented, name
 
 

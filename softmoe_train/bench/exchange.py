@@ -85,6 +85,7 @@ def _sent(config: RunConfig, topology: Topology, images: int, route: str) -> int
         slots_per_expert=moe.slots_per_expert,
         width=config.model.width,
         itemsize=DTYPES[config.precision].itemsize,
+        expert_dropout=0.0,  # slots alone are timed
     )
     return traffic.off_rank_bytes
 
@@ -110,10 +111,10 @@ def _sides(
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return exchange.through(slots, lambda rows: rows)
+            return exchange.through(slots, lambda rows, _: rows)
 
     def both() -> None:
-        exchange.through(slots, lambda rows: rows).backward(gradient)
+        exchange.through(slots, lambda rows, _: rows).backward(gradient)
 
     def forget() -> None:
         slots.grad = None

@@ -5,14 +5,13 @@ entering and leaving it is, less the time of the experts in between.
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from softmoe_train.model.moe import MoE, SlotExchange
+from softmoe_train.model.moe import Compute, MoE, SlotExchange
 
 
 class ExchangeClock:
@@ -62,10 +61,14 @@ class TimedExchange:
         self.inner = inner
         self.clock = clock
 
-    def through(self, slots: Float[Tensor, "G E S D"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "G E S D"]:
+    def through(
+        self, slots: Float[Tensor, "G E S D"], compute: Compute, keys: Int64[Tensor, "G E"] | None = None
+    ) -> Float[Tensor, "G E S D"]:
         """As `inner` carries them."""
         self.clock.mark(-1)
-        arrived = self.inner.through(_marked(slots, self.clock, +1), lambda rows: self._timed(rows, compute))
+        arrived = self.inner.through(
+            _marked(slots, self.clock, +1), lambda rows, keys: self._timed(rows, keys, compute), keys
+        )
         self.clock.mark(+1)
         return _marked(arrived, self.clock, -1)
 
@@ -73,9 +76,9 @@ class TimedExchange:
         """As `inner` has it."""
         return self.inner.local(weight)
 
-    def _timed(self, rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def _timed(self, rows: Tensor, keys: Tensor | None, compute: Compute) -> Tensor:
         self.clock.mark(+1)
-        results = compute(_marked(rows, self.clock, -1))
+        results = compute(_marked(rows, self.clock, -1), keys)
         self.clock.mark(-1)
         return _marked(results, self.clock, +1)
 

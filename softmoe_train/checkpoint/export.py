@@ -34,8 +34,11 @@ NAMES = {
     "attn.out, mlp.fc1, mlp.fc2, head": "linear, weight as (out, in)",
     "mlp": "fc2(gelu(fc1(x))), gelu in its tanh form",
     "moe.router": "logits[t, e, s] = scale * <x_t / |x_t|, phi[:, e, s] / |phi[:, e, s]|>, each length sqrt(sum of squares + 1e-6); phi (D, E, S)",
+    "moe.router.combine_phi": "(D, E, S), where model.moe.soft.combine=separate: in the place of phi for the weights that tokens read slots by",
+    "moe.router, ablations": "by model.moe.soft: dispatch=uniform weighs tokens by 1 / T, combine=uniform slots by 1 / (E S), normalize=false has scale * <x_t, phi>, scale=false the scale 1; model.moe.router=identity: slot (e, s) is x_t with t = e S + s, and y_t what its expert makes of it",
     "moe": "slot (e, s) = sum over t of softmax over t of logits * x_t; y_t = sum over (e, s) of softmax over all (e, s) of logits * expert e of slot (e, s)",
     "moe.experts": "expert e: gelu(x @ w1[e] + b1[e]) @ w2[e] + b2[e]; w1 (E, D, H), b1 (E, H), w2 (E, H, D), b2 (E, D); in a file of one expert without E",
+    "moe.experts.wg, moe.experts.bg": "(E, D, H) and (E, H), where model.moe.expert=gated_mlp: expert e is (gelu(x @ wg[e] + bg[e]) * (x @ w1[e] + b1[e])) @ w2[e] + b2[e]",
     "head.weight": "(num_classes, D): logits = head(mean over tokens of norm(x))",
 }
 

@@ -3,14 +3,22 @@
 e experts  N rows of one expert  D width  H hidden
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from softmoe_train.model.keyed import dropout
 from softmoe_train.model.products import differentiate_once, product_dtype
+
+
+class Dropout(NamedTuple):
+    """Which of a row's hidden values are dropped: by the row's key, the same ones on every layout and in recompute."""
+
+    keys: Int64[Tensor, "e N"]
+    rate: float
 
 
 def expert_mlp(
@@ -19,33 +27,91 @@ def expert_mlp(
     b1: Float[Tensor, "e H"],
     w2: Float[Tensor, "e H D"],
     b2: Float[Tensor, "e D"],
+    gate: tuple[Float[Tensor, "e D H"], Float[Tensor, "e H"]] | None = None,
+    dropped: Dropout | None = None,
 ) -> Float[Tensor, "e N D"]:
     """Apply expert i to rows x[i]: width to hidden, GELU (tanh form, as flax), hidden to width; in the dtype of x.
 
-    Keeps for backward the rows and both sides of the GELU, and no cast of the weights.
+    With a gate, weight and bias, the GELU is of a second hidden layer and the first is multiplied by it:
+    (gelu(x wg + bg) (x w1 + b1)) w2 + b2. Keeps for backward the rows and both sides of the GELU (of a gated one, both hidden layers
+    and their product: as much, H being two thirds), and no cast of the weights; what is dropped is derived again.
     """
-    outputs = _ExpertMlp.apply(x, w1, b1, w2, b2)
+    drop = dropped or (None, 0.0)
+    if gate is None:
+        outputs = _ExpertMlp.apply(x, w1, b1, w2, b2, *drop)
+    else:
+        outputs = _GatedMlp.apply(x, w1, b1, *gate, w2, b2, *drop)
     assert isinstance(outputs, Tensor)
     return outputs
 
 
+def gated_hidden(width: int, hidden: int) -> int:
+    """The hidden size that gives a gated MLP the parameters of an MLP with `hidden`, the nearest (a multiple of 8 from 256 on).
+
+    3 D h + 2 h + D = 2 D H + H + D. Products whose sizes 8 does not divide are slow on GPUs.
+    """
+    exact = (2 * width + 1) * hidden / (3 * width + 2)
+    return 8 * round(exact / 8) if exact >= 256 else max(1, round(exact))
+
+
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, keys: Tensor | None, rate: float
+    ) -> Tensor:
         before = _affine(x, w1, b1)
-        after = F.gelu(before, approximate="tanh")
-        ctx.save_for_backward(x, before, after, w1, b1, w2, b2)
+        after = _dropped(_gelu(before), keys, rate)
+        ctx.save_for_backward(x, before, after, w1, b1, w2, b2, keys)
+        ctx.rate = rate
         return _affine(after, w2, b2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiate_once()
-        x, before, after, w1, b1, w2, b2 = ctx.saved_tensors
+        x, before, after, w1, b1, w2, b2, keys = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad
-        d_after, d_w2, d_b2 = _affine_backward(grad, after, w2, b2, (True, *needs[2:]))
+        d_after, d_w2, d_b2 = _affine_backward(grad, after, w2, b2, (True, *needs[2:4]))
         assert d_after is not None
-        d_before = torch.ops.aten.gelu_backward(d_after, before, approximate="tanh")
-        return *_affine_backward(d_before, x, w1, b1, (needs_x, *needs[:2])), d_w2, d_b2
+        d_before = _gelu_backward(_dropped(d_after, keys, ctx.rate), before)
+        return *_affine_backward(d_before, x, w1, b1, (needs_x, *needs[:2])), d_w2, d_b2, None, None
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, wg: Tensor, bg: Tensor, w2: Tensor, b2: Tensor, keys: Tensor | None, rate: float,
+    ) -> Tensor:  # fmt: skip
+        hidden, gate = _affine(x, w1, b1), _affine(x, wg, bg)
+        after = _dropped(_gelu(gate) * hidden, keys, rate)
+        ctx.save_for_backward(x, hidden, gate, after, w1, b1, wg, bg, w2, b2, keys)
+        ctx.rate = rate
+        return _affine(after, w2, b2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        differentiate_once()
+        x, hidden, gate, after, w1, b1, wg, bg, w2, b2, keys = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        d_after, d_w2, d_b2 = _affine_backward(grad, after, w2, b2, (True, *needs[4:6]))
+        assert d_after is not None
+        d_after = _dropped(d_after, keys, ctx.rate)
+        d_x, d_w1, d_b1 = _affine_backward(d_after * _gelu(gate), x, w1, b1, (needs_x, *needs[:2]))
+        d_gate = _gelu_backward(d_after * hidden, gate)
+        d_x_gate, d_wg, d_bg = _affine_backward(d_gate, x, wg, bg, (needs_x, *needs[2:4]))
+        d_x = None if d_x is None or d_x_gate is None else d_x + d_x_gate
+        return d_x, d_w1, d_b1, d_wg, d_bg, d_w2, d_b2, None, None
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+def _dropped(x: Tensor, keys: Tensor | None, rate: float) -> Tensor:
+    return x if keys is None else dropout(x, keys, rate)
 
 
 def _affine(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

@@ -101,11 +101,28 @@ class MoEConfig(Record):
                 f"model.moe.sparse.capacity_factor={self.sparse.capacity_factor:g} gives {self.num_experts} experts no slot for a group "
                 f"of {self.group_images} x {num_tokens} tokens; use {least:.3g} or more"
             )
+        if self.router == "soft":
+            problems += self._soft_problems()
         slots = self.num_experts * self.slots_per_expert
         if self.router == "identity" and slots != num_tokens:
             problems.append(
                 f"model.moe.router=identity gives each of the {num_tokens} tokens of an image the slot of its own, but there are "
                 f"{self.num_experts} x {self.slots_per_expert} = {slots}; make num_experts x slots_per_expert {num_tokens}"
+            )
+        return problems
+
+    def _soft_problems(self) -> list[str]:
+        problems = []
+        uniform = self.soft.dispatch == "uniform"
+        if uniform and self.soft.combine == "separate":
+            problems.append(
+                "model.moe.soft.combine=separate with model.moe.soft.dispatch=uniform: dispatch has no matrix that combine could "
+                "share; use model.moe.soft.combine=learned"
+            )
+        if uniform and self.soft.combine == "uniform" and self.expert_init == "identical" and self.num_experts > 1:
+            problems.append(
+                f"model.moe.soft.dispatch=uniform with model.moe.soft.combine=uniform gives the {self.num_experts} experts the same "
+                f"input and the same gradient, so that experts which start identical stay so; use model.moe.expert_init=independent"
             )
         return problems
 

@@ -51,29 +51,41 @@ class SoftRouter(nn.Module):
 
     def init_rules(self) -> dict[str, InitRule]:
         """LeCun-normal slot parameters with fan-in D·E (the released code, paper.md 1.3), scale one."""
-        width, num_experts, _ = self.phi.shape
-        return {"phi": InitRule(lecun_normal(width * num_experts)), "scale": InitRule(ones)}
+        return {"phi": phi_rule(self.phi), "scale": scale_rule()}
 
     def logits(self, x: Float[Tensor, "G T D"]) -> Float[Tensor, "G T E S"]:
         """scale · <x / |x|, phi / |phi|>, in float32 or wider."""
-        self._check_dtype()
+        check_router_dtype(self.phi)
         with torch.autocast(x.device.type, enabled=False):
-            return _logits(_widened(x, self.phi), self.phi, self.scale)
+            return unit_logits(widened(x, self.phi), self.phi, self.scale)
 
     def forward(self, x: Float[Tensor, "G T D"], keys: Int64[Tensor, " G"] | None = None) -> Routing:
         """Fill the slots of each group with means of its raw (not normalised) tokens; nothing is random here."""
-        self._check_dtype()
+        check_router_dtype(self.phi)
         weightings = _SoftWeights.apply(x, self.phi, self.scale)
         assert isinstance(weightings, tuple)
         dispatch, combine = weightings
         slots = mix(dispatch.flatten(2).mT, x)
         return Routing(slots.unflatten(1, dispatch.shape[2:]), dispatch, combine)
 
-    def _check_dtype(self) -> None:
-        if self.phi.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the router's parameters arrived as {self.phi.dtype}; they must stay float32 under every engine"
-            )
+
+def phi_rule(phi: Tensor) -> InitRule:
+    """How slot parameters start: LeCun-normal with fan-in D·E."""
+    width, num_experts, _ = phi.shape
+    return InitRule(lecun_normal(width * num_experts))
+
+
+def scale_rule() -> InitRule:
+    """How the factor of the logits starts."""
+    return InitRule(ones)
+
+
+def check_router_dtype(parameter: Tensor) -> None:
+    """Raise TypeError where an engine hands a router's parameter over in less than float32."""
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"the router's parameters arrived as {parameter.dtype}; they must stay float32 under every engine"
+        )
 
 
 class _SoftWeights(torch.autograd.Function):
@@ -82,7 +94,7 @@ class _SoftWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, phi: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            logits = _logits(_widened(x, phi), phi, scale)
+            logits = unit_logits(widened(x, phi), phi, scale)
         dispatch = logits.softmax(dim=1)
         combine = logits.flatten(2).softmax(dim=-1).view_as(logits)
         ctx.save_for_backward(x, phi, scale, dispatch, combine)
@@ -96,11 +108,12 @@ class _SoftWeights(torch.autograd.Function):
             d_logits = _softmax_backward(d_dispatch, dispatch, 1) + _softmax_backward(
                 d_combine.flatten(2), combine.flatten(2), 2
             ).view_as(dispatch)
-            d_wide, d_phi, d_scale = _logits_backward(d_logits, _widened(x, phi), phi, scale)
+            d_wide, d_phi, d_scale = _logits_backward(d_logits, widened(x, phi), phi, scale)
         return d_wide.to(x.dtype), d_phi, d_scale
 
 
-def _widened(x: Tensor, phi: Tensor) -> Tensor:
+def widened(x: Tensor, phi: Tensor) -> Tensor:
+    """The tokens in the wider dtype of the two."""
     return x.to(torch.promote_types(x.dtype, phi.dtype))
 
 
@@ -112,7 +125,8 @@ def _inverse_length(x: Tensor, dim: int) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=dim, keepdim=True).square() + UNIT_EPS)
 
 
-def _logits(x: Tensor, phi: Tensor, scale: Tensor) -> Tensor:
+def unit_logits(x: Float[Tensor, "G T D"], phi: Float[Tensor, "D E S"], scale: Tensor) -> Float[Tensor, "G T E S"]:
+    """scale · <x / |x|, phi / |phi|>."""
     # 1 / |x| scales the products: cheaper than scaling the tokens, which are wider.
     unit_phi = phi * _inverse_length(phi, 0)
     return (x.flatten(0, 1) @ (scale * unit_phi).flatten(1)).view(*x.shape[:2], *phi.shape[1:]) * _inverse_length(

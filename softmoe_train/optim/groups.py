@@ -24,12 +24,12 @@ RULES = (
     ("head", r"head\.weight"),
     (
         "kernels",
-        r"patch_embed\.weight|blocks\.\d+\.(attn\.(qkv|out)|mlp\.fc[12])\.weight|blocks\.\d+\.moe\.experts\.w[12]",
+        r"patch_embed\.weight|blocks\.\d+\.(attn\.(qkv|out)|mlp\.fc[12])\.weight|blocks\.\d+\.moe\.(experts\.w[12g]|router\.gate)",
     ),
     ("router_scale", r"blocks\.\d+\.moe\.router\.scale"),
     (
         "none",
-        r"position|blocks\.\d+\.moe\.router\.phi|(.+\.)?bias|blocks\.\d+\.moe\.experts\.b[12]|(.+[._])?norm[12]?\.weight",
+        r"position|blocks\.\d+\.moe\.router\.(combine_)?phi|(.+\.)?bias|blocks\.\d+\.moe\.experts\.b[12g]|(.+[._])?norm[12]?\.weight",
     ),
 )
 
@@ -51,6 +51,6 @@ def decay_groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 def expert_dim(name: str) -> int | None:
     """The dim of a parameter that counts experts, None where it has none; its slices are tensors of their own."""
-    if re.fullmatch(r"blocks\.\d+\.moe\.experts\.[wb][12]", name):
+    if re.fullmatch(r"blocks\.\d+\.moe\.experts\.[wb][12g]", name):
         return 0
-    return 1 if re.fullmatch(r"blocks\.\d+\.moe\.router\.phi", name) else None
+    return 1 if re.fullmatch(r"blocks\.\d+\.moe\.router\.((combine_)?phi|gate)", name) else None

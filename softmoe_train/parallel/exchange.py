@@ -5,17 +5,17 @@ R expert ranks  e = E / R local experts  N = R·g·S rows of one expert
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from softmoe_train.model.moe import LocalExchange, SlotExchange
+from softmoe_train.model.moe import Compute, LocalExchange, SlotExchange
 from softmoe_train.parallel.collective import Stage
 from softmoe_train.parallel.layout import ParallelConfig
 from softmoe_train.parallel.topology import Topology
@@ -37,12 +37,19 @@ class AllToAllExchange:
         self.R = math.prod(self.axes)
         self.chunks = chunks
 
-    def through(self, slots: Float[Tensor, "G E S D"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "G E S D"]:
-        """Give `compute` the rows of the local experts from all R ranks ("e N D", by rank, group, slot), once a chunk."""
+    def through(
+        self, slots: Float[Tensor, "G E S D"], compute: Compute, keys: Int64[Tensor, "G E"] | None = None
+    ) -> Float[Tensor, "G E S D"]:
+        """Give `compute` the rows of the local experts from all R ranks ("e N D", by rank, group, slot), once a chunk.
+
+        Keys go ahead of all chunks, in one message a stage and peer.
+        """
         G = slots.shape[0]
         n = min(self.chunks, G)
         hops = 2 * self.stages  # there and back
-        chunks = list(slots.split([(G + k) // n for k in range(n)]))
+        sizes = [(G + k) // n for k in range(n)]
+        chunks = list(slots.split(sizes))
+        keys_of = [None] * n if keys is None else [k.flatten(1) for k in self._arrived(keys).split(sizes, dim=2)]
         # A software pipeline: in each tick every chunk on its way moves on by one hop, the youngest first. So what is sent
         # before the experts of this tick is waited for after them, and in backward, which runs all this in reverse, too.
         for tick in range(n + len(hops)):
@@ -54,7 +61,7 @@ class AllToAllExchange:
                 if hop == 0:
                     rows = self._outgoing(rows)
                 elif hop == len(self.stages):
-                    rows = self._by_rank(compute(self._by_expert(rows)), rows.shape)
+                    rows = self._by_rank(compute(self._by_expert(rows), keys_of[k]), rows.shape)
                 chunks[k] = hops[hop].start(rows) if hop < len(hops) else self._returned(rows)
         return chunks[0] if n == 1 else torch.cat(chunks)
 
@@ -62,11 +69,18 @@ class AllToAllExchange:
         """The e experts of this rank. The gradient is Shard(0) as the weight is: each rank's experts are its own."""
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
-    def _outgoing(self, slots: Float[Tensor, "g E S D"]) -> Float[Tensor, "... e g S D"]:
+    def _arrived(self, keys: Int64[Tensor, "G E"]) -> Int64[Tensor, "e R G"]:
+        """The keys that all ranks have for the local experts."""
+        rows = self._outgoing(keys[..., None, None])
+        for stage in self.stages:
+            rows = stage.finish(stage.start(rows))
+        return self._by_expert(rows).view(-1, self.R, len(keys))
+
+    def _outgoing(self, slots: Shaped[Tensor, "g E S D"]) -> Shaped[Tensor, "... e g S D"]:
         # A view: the copy into the order of the wire is the one that `start` makes.
         return slots.transpose(0, 1).unflatten(0, (*self.axes, -1))
 
-    def _by_expert(self, rows: Float[Tensor, "... e g S D"]) -> Float[Tensor, "e N D"]:
+    def _by_expert(self, rows: Shaped[Tensor, "... e g S D"]) -> Shaped[Tensor, "e N D"]:
         e, g, S, D = rows.shape[-4:]
         return rows.reshape(self.R, e, g * S, D).transpose(0, 1).reshape(e, -1, D)
 
@@ -89,11 +103,16 @@ class NarrowExchange:
         self.exchange = exchange
         self.dtype = dtype
 
-    def through(self, slots: Float[Tensor, "G E S D"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "G E S D"]:
-        """Each of the four crossings (there, back, and both gradients) rounds once, to 2**-8 relative in bfloat16."""
+    def through(
+        self, slots: Float[Tensor, "G E S D"], compute: Compute, keys: Int64[Tensor, "G E"] | None = None
+    ) -> Float[Tensor, "G E S D"]:
+        """Each of the four crossings (there, back, and both gradients) rounds once, to 2**-8 relative in bfloat16; keys stay whole."""
         wide = slots.dtype
-        back = self.exchange.through(slots.to(self.dtype), lambda rows: compute(rows.to(wide)).to(self.dtype))
-        return back.to(wide)
+
+        def narrow(rows: Tensor, keys: Tensor | None) -> Tensor:
+            return compute(rows.to(wide), keys).to(self.dtype)
+
+        return self.exchange.through(slots.to(self.dtype), narrow, keys).to(wide)
 
     def local(self, weight: Tensor) -> Tensor:
         """As of the exchange within."""

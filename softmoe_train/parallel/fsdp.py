@@ -62,7 +62,7 @@ def _dims_of(layers: list[MoE], mesh: DeviceMesh) -> dict[nn.Parameter, Shard]:
         _, width, hidden = experts.w1.shape
         if local_values(experts.w1).shape[0] % ranks == 0 or hidden % ranks:
             continue  # dim 0 is all that FSDP2 cuts unevenly
-        dims |= {experts.w1: Shard(2), experts.b1: Shard(1), experts.w2: Shard(1)}
+        dims |= {p: Shard(experts.HIDDEN_DIMS[name]) for name, p in experts.named_parameters() if name != "b2"}
         if width % ranks == 0:
             dims[experts.b2] = Shard(1)
     return dims

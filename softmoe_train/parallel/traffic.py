@@ -11,6 +11,7 @@ from softmoe_train.parallel.layout import ParallelConfig
 
 PASSES = 2  # each exchange of forward has one of gradients in backward
 WAYS = 2  # to the experts, and back
+KEY_BYTES = 8  # what dropout is derived from, of an image and expert
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def exchange_traffic(
     slots_per_expert: int,
     width: int,
     itemsize: int,
+    expert_dropout: float,
 ) -> ExchangeTraffic:
     """The bytes of a layer, from B = `images` in `micro_batches` and slots of `itemsize` bytes.
 
@@ -43,6 +45,7 @@ def exchange_traffic(
 
     With P = B·E·S·D·itemsize, each of the 4 crossings (6 under parallel.recompute, whose backward runs the layer's forward again) hands P to one all-to-all, or P to each of two;
     a flat one sends (R - 1)/R of P off the rank, two stages (I - 1)/I and then (O - 1)/O; between nodes both send (O - 1)/O.
+    Expert dropout sends 8 bytes for each image and expert with each forward of the layer, by the same route, and in one chunk.
     """
     R, I = axis, on_node  # noqa: E741
     assert R % I == 0 and images % micro_batches == 0 and num_experts % R == 0, locals()
@@ -54,14 +57,16 @@ def exchange_traffic(
     image_bytes = num_experts * slots_per_expert * width * itemsize
     group = images // micro_batches
     chunks = min(parallel.exchange_chunks, group)
-    crossings = WAYS * (PASSES + (parallel.recompute != "none"))
-    P = images * image_bytes
+    recomputed = parallel.recompute != "none"
+    crossings = WAYS * (PASSES + recomputed)
+    keyed = (1 + recomputed) * (expert_dropout > 0)
+    handed = crossings * images * image_bytes + keyed * images * num_experts * KEY_BYTES
     shares = _shares(parallel.exchange, R, I, O)
     return ExchangeTraffic(
-        collectives=crossings * micro_batches * chunks * len(shares),
-        handed_bytes=crossings * P * len(shares),
-        off_rank_bytes=sum(crossings * P * (ranks - 1) // ranks for ranks in shares),
-        off_node_bytes=crossings * P * (O - 1) // O,
+        collectives=(crossings * chunks + keyed) * micro_batches * len(shares),
+        handed_bytes=handed * len(shares),
+        off_rank_bytes=sum(handed * (ranks - 1) // ranks for ranks in shares),
+        off_node_bytes=handed * (O - 1) // O,
         message_bytes=-(-group // chunks) * image_bytes // shares[-1],
     )
 

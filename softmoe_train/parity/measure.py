@@ -23,6 +23,7 @@ class Tolerances(NamedTuple):
     weights: float
     state: float
     routing: float
+    decisions: float  # two gates that are no further apart may come in either order
     share: float  # of the whole: a tensor that holds less of it is measured as if it held as much
 
 
@@ -69,14 +70,38 @@ def tolerances(precision: str, optim: OptimConfig, *, narrow: bool = False) -> T
     state = 2e-3 if optim.kind == "adafactor" else 1e-4
     if precision == "float32" and narrow:
         return Tolerances(
-            logits=1e-4, loss=1e-5, gradients=2e-3, norm=1e-3, weights=2e-3, state=4e-3, routing=1e-5, share=1e-2
+            logits=1e-4,
+            loss=1e-5,
+            gradients=2e-3,
+            norm=1e-3,
+            weights=2e-3,
+            state=4e-3,
+            routing=1e-5,
+            decisions=2e-2,
+            share=1e-2,
         )
     if precision == "float32":
         return Tolerances(
-            logits=1e-5, loss=1e-6, gradients=5e-5, norm=5e-5, weights=1e-4, state=state, routing=1e-5, share=1e-3
+            logits=1e-5,
+            loss=1e-6,
+            gradients=5e-5,
+            norm=5e-5,
+            weights=1e-4,
+            state=state,
+            routing=1e-5,
+            decisions=1e-4,
+            share=1e-3,
         )
     return Tolerances(
-        logits=1e-2, loss=3e-3, gradients=4e-2, norm=5e-3, weights=2e-2, state=4e-2, routing=1e-5, share=1e-2
+        logits=1e-2,
+        loss=3e-3,
+        gradients=4e-2,
+        norm=5e-3,
+        weights=2e-2,
+        state=4e-2,
+        routing=1e-5,
+        decisions=1e-1,
+        share=1e-2,
     )
 
 

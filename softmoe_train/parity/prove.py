@@ -25,6 +25,8 @@ from softmoe_train.dist import (
 from softmoe_train.engine.protocol import Engine
 from softmoe_train.model.keyed import image_keys
 from softmoe_train.model.moe import MoE
+from softmoe_train.model.sparse import Decisions
+from softmoe_train.parity.heard import Heard
 from softmoe_train.parity.measure import (
     ROUNDING,
     Moved,
@@ -37,6 +39,7 @@ from softmoe_train.parity.measure import (
     tolerances,
 )
 from softmoe_train.parity.plain_layer import plain_weights
+from softmoe_train.parity.plain_sparse import plain_sparse
 from softmoe_train.parity.reference import Reference
 from softmoe_train.parity.state import parity_batch, perturb_engine, routing_tokens
 from softmoe_train.run import DTYPES, build_engine, build_topology
@@ -58,22 +61,27 @@ def prove(config: RunConfig, world: World, device: torch.device, dtype: torch.dt
     say("building the model of one process")
     reference = Reference(config, dtype, device) if world.main else None
     proof = _Proof(config, world, device, reference, say)
-    wanted = proof.in_one_process(0)
     engine = proof.layout()
     proof.routing(engine)
-    proof.logits(engine, wanted[1])
-    proof.loss("loss", engine, 0, wanted[0])
+    answers, decided = proof.answers(engine)
+    wanted = proof.in_one_process(0, decided)
+    proof.decisions("decisions")
+    proof.logits(answers, wanted[1])
+    proof.loss("loss", proof.backward(engine, 0)[0], wanted[0])
     proof.gradients(engine)
     del engine  # what its gradients were asked for takes the place of an update
     gc.collect()
     rate = proof.rate()
     engine = proof.layout()
     for update, norms in enumerate(CLIPS):
+        name = f"update {update + 1}"
+        loss, decided = proof.backward(engine, update)
         if update:
-            wanted = proof.in_one_process(update)
+            wanted = proof.in_one_process(update, decided)
+            proof.decisions(f"{name}: decisions")
         proof.clip(engine, norms)
-        proof.loss(f"update {update + 1}: loss", engine, update, wanted[0])
-        proof.update(f"update {update + 1}", engine, rate)
+        proof.loss(f"{name}: loss", loss, wanted[0])
+        proof.update(name, engine, rate)
     return proof.rows
 
 
@@ -101,11 +109,17 @@ class _Proof:
         perturb_engine(engine, self.config.seed)
         return engine
 
-    def in_one_process(self, update: int) -> tuple[float, list[Tensor]]:
+    def in_one_process(self, update: int, decided: list[dict[str, Decisions]]) -> tuple[float, list[Tensor]]:
         """The reference's loss and logits, by micro-batch, of a whole global batch; nothing on other ranks."""
-        found = self.reference.forward_backward(update, self.images, self.say) if self.reference else (0.0, [])
+        found = (0.0, [])
+        if self.reference is not None:
+            found = self.reference.forward_backward(update, self.images, decided, self.say)
         wait_for_all(self.waiting)  # not in a collective of the device, whose time is short
         return found
+
+    def decisions(self, what: str) -> None:
+        """How far what the layout's sparse routers decided is from what the one process finds, which has followed them."""
+        self._row(what, self.allowed.decisions, self.reference.decisions_apart() if self.reference else {})
 
     @torch.no_grad()
     def routing(self, engine: Engine) -> None:
@@ -114,37 +128,59 @@ class _Proof:
         layers = {name: m for name, m in engine.module.named_modules() if isinstance(m, MoE)}
         errors = {}
         for name, layer in layers.items():
-            router = layer.router
             x = routing_tokens(self.config, name, self.images).to(self.device, DTYPES[self.config.precision])
-            wanted = plain_weights(local_values(router.phi).double(), local_values(router.scale).double(), x.double())
-            got = router(x)
-            worst = max(distance(a, b) for a, b in zip((got.dispatch, got.combine), wanted, strict=True))
+            parameters = {key: local_values(p).double() for key, p in layer.router.named_parameters()}
+            worst = (
+                self._sparse_error(layer, x, parameters["gate"])
+                if layer.config.is_sparse
+                else _soft_error(layer, x, parameters)
+            )
             errors[f"{name}.router"] = gather_over_world(torch.tensor([worst], device=self.device)).max().item()
         self._row("routing", self.allowed.routing, errors)
 
+    def _sparse_error(self, layer: MoE, x: Tensor, gate: Tensor) -> float:
+        """Of what is put into slots, read back and told; infinite where other tokens are chosen than gates allow."""
+        keys = image_keys(self.config.seed, torch.arange(len(x), device=self.device))
+        x = x.view(-1, layer.config.group_images * x.shape[1], x.shape[2])
+        got = layer.router(x, keys)
+        wanted = plain_sparse(layer.config, gate, x.double(), keys, got.decisions)
+        if not wanted.apart <= self.allowed.decisions:
+            return math.inf
+        slots = torch.einsum("GTES,GTD->GESD", wanted.dispatch, x.double())
+        pairs = ((got.slots, slots), (got.weights, wanted.combine.sum(1)), (got.told, wanted.told))
+        return max(distance(a, b) for a, b in pairs)
+
     @torch.no_grad()
-    def logits(self, engine: Engine, wanted: list[Tensor]) -> None:
+    def answers(self, engine: Engine) -> tuple[list[Tensor], list[dict[str, Decisions]]]:
+        """The layout's logits, and what its sparse routers decide, by micro-batch of the global batch."""
+        self.say("the layout's logits")
+
+        def logits(batch: Batch) -> Tensor:
+            return engine.module(batch.images, image_keys(self.config.seed, batch.sample_ids)).logits
+
+        with Heard(engine.module, self.world.size) as heard:
+            found = [heard.after(gather_over_world(logits(batch))) for batch in self._batches(0)]
+        return [answer for rank in zip(*found, strict=True) for answer in rank], heard.of_global_batch()
+
+    def logits(self, answers: list[Tensor], wanted: list[Tensor]) -> None:
         """What every image is answered."""
-        self.say("comparing logits")
         error = size = 0.0
-        for i, batch in enumerate(self._batches(0)):
-            for rank, got in enumerate(gather_over_world(self._logits(engine, batch))):
-                if self.reference is not None:
-                    want = wanted[rank * self.config.micro_batches + i].double()
-                    error += (got.double() - want).square().sum().item()
-                    size += want.square().sum().item()
+        for got, want in zip(answers, wanted):
+            error += (got.double() - want.double()).square().sum().item()
+            size += want.double().square().sum().item()
         self._row("logits", self.allowed.logits, {"": relative(size**0.5 + error**0.5, size**0.5)})
 
-    def _logits(self, engine: Engine, batch: Batch) -> Tensor:
-        return engine.module(batch.images, image_keys(self.config.seed, batch.sample_ids)).logits
-
-    def loss(self, what: str, engine: Engine, update: int, wanted: float) -> None:
-        """The mean loss of a global batch; leaves the gradients in the engine."""
-        self.say(f"the layout's {what}")
+    def backward(self, engine: Engine, update: int) -> tuple[float, list[dict[str, Decisions]]]:
+        """The mean loss of a global batch, and what sparse routers decide; leaves the gradients in the engine."""
+        self.say("the layout's gradients")
         batches = self._batches(update)
-        losses = [engine.forward_backward(b, last=b is batches[-1]) for b in batches]
-        loss = sum_over_world(torch.stack(losses).sum()).item()
-        self._row(what, self.allowed.loss, {"": relative(loss, wanted)})
+        with Heard(engine.module, self.world.size) as heard:
+            losses = [heard.after(engine.forward_backward(b, last=b is batches[-1])) for b in batches]
+        return sum_over_world(torch.stack(losses).sum()).item(), heard.of_global_batch()
+
+    def loss(self, what: str, got: float, wanted: float) -> None:
+        """The mean loss of a global batch."""
+        self._row(what, self.allowed.loss, {"": relative(got, wanted)})
 
     def gradients(self, engine: Engine) -> None:
         """Every gradient, summed over the ranks, before the clip."""
@@ -245,6 +281,12 @@ class _Proof:
         """What the reference says, on all ranks."""
         value = torch.tensor(number(self.reference) if self.reference else 0.0, dtype=torch.float64)
         return sum_over_world(value.to(self.device)).item()
+
+
+def _soft_error(layer: MoE, x: Tensor, parameters: Mapping[str, Tensor]) -> float:
+    """Of both weightings."""
+    got, wanted = layer.router(x), plain_weights(layer.config, parameters, x.double())
+    return max(distance(a, b) for a, b in zip((got.dispatch, got.combine), wanted, strict=True))
 
 
 KINDS = {"weights": ("model.",), "average": ("average.",), "state": ("optimizer.", "average.updates")}

@@ -12,10 +12,11 @@ from softmoe_train.model.keyed import image_keys
 from softmoe_train.model.loss import classification_loss
 from softmoe_train.model.moe import MoE
 from softmoe_train.model.routing import MEASURES
+from softmoe_train.model.sparse import Decisions
 from softmoe_train.model.vit import build_model
 from softmoe_train.optim.adafactor import alone
 from softmoe_train.optim.build import build_optimizer, state_layout
-from softmoe_train.parity.plain_layer import plain_layer
+from softmoe_train.parity.plain_layer import Followed, plain_layer
 from softmoe_train.parity.state import parity_batch, perturb_
 from softmoe_train.run import DTYPES
 from softmoe_train.settings import RunConfig
@@ -41,9 +42,11 @@ class Reference:
         if dtype == torch.float64:
             self.model.double()
         wire = config.parallel.exchange_dtype and DTYPES[config.parallel.exchange_dtype]
-        for layer in self.model.modules():
-            if isinstance(layer, MoE):
-                layer.forward = partial(plain_layer, layer, wire)
+        self.followed = {name: Followed() for name, m in self.model.named_modules() if isinstance(m, MoE)}
+        for name, followed in self.followed.items():
+            layer = self.model.get_submodule(name)
+            assert isinstance(layer, MoE)
+            layer.forward = partial(plain_layer, layer, wire, followed)  # pyright: ignore[reportAttributeAccessIssue]
         self.parameters = dict(self.model.named_parameters())
         self.values = {name: p.detach() for name, p in self.parameters.items()}  # sharing storage, for the optimizer
         self.updates = 0
@@ -67,12 +70,18 @@ class Reference:
             own = {"model": self.values, "average": self.average}[kind][rest]
         own.copy_(tensor)
 
-    def forward_backward(self, update: int, size: int, say: Callable[[str], None]) -> tuple[float, list[Tensor]]:
-        """Gradients of a whole global batch in parts of `size` images; returns the mean loss and each part's logits."""
+    def forward_backward(
+        self, update: int, size: int, decided: list[dict[str, Decisions]], say: Callable[[str], None]
+    ) -> tuple[float, list[Tensor]]:
+        """Gradients of a whole global batch in parts of `size` images; returns the mean loss and each part's logits.
+
+        `decided` are the layout's decisions by part and MoE layer, of sparse routers.
+        """
         self.model.zero_grad()
         total, logits = 0.0, []
-        starts = range(0, self.config.batch_size, size)
-        for start in starts:
+        for part, start in enumerate(range(0, self.config.batch_size, size)):
+            for name, one in decided[part].items():
+                self.followed[name].decided = one
             batch = parity_batch(self.config, update, range(start, start + size)).to(self.device)
             out, told = self.model(batch.images, image_keys(self.config.seed, batch.sample_ids))
             loss = classification_loss(out, batch.labels, self.config.loss).sum() / self.config.batch_size
@@ -83,6 +92,13 @@ class Reference:
             logits.append(out.detach())
             say(f"one process, images {start + size} of {self.config.batch_size}")
         return total, logits
+
+    def decisions_apart(self) -> dict[str, float]:
+        """By MoE layer, how far the layout's decisions were from what one process finds, since this was last asked."""
+        apart = {f"{name}.router": followed.apart for name, followed in self.followed.items() if followed.decided}
+        for followed in self.followed.values():
+            followed.apart = 0.0
+        return apart
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the last global batch, by name."""

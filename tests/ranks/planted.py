@@ -18,7 +18,7 @@ from softmoe_train.parallel.exchange import AllToAllExchange
 
 THROUGH = AllToAllExchange.through
 UPDATE = TorchEngine.update
-LOGITS = routing._logits
+LOGITS = routing.unit_logits
 SET_FACTOR = FSDPModule.set_gradient_divide_factor
 
 
@@ -100,7 +100,7 @@ if __name__ == "__main__":
         case "upscaled":
             torch_engine.clip_ = upscaled
         case "rounded":
-            routing._logits = rounded
+            routing.unit_logits = rounded
         case "averaged":
             FSDPModule.set_gradient_divide_factor = averaged
     sys.exit(main(sys.argv[2:]))

@@ -56,12 +56,13 @@ def parallel_config(expert_axis: int | str, sharding: str = "replicated", **chan
 def build(
     rank: int, world: int, expert_axis: int, sharding: str, *, optim: OptimConfig = SGD,
     dtype: torch.dtype = torch.float32, loss: LossKind = "sigmoid", expert_init: str = "independent", perturbed: bool = True,
-    compiled: bool = False, num_experts: int = 8, average: AverageConfig | None = None, **layout: Any,
+    compiled: bool = False, num_experts: int = 8, expert_dropout: float = 0.0, average: AverageConfig | None = None, **layout: Any,
 ) -> TorchEngine:  # fmt: skip
     """The engine of one rank, in the perturbed state unless asked otherwise; `layout` changes ParallelConfig."""
     device = torch.device("cpu")
     parallel = parallel_config(expert_axis, sharding, **layout)
-    moe = model_config().moe.model_copy(update={"expert_init": expert_init, "num_experts": num_experts})
+    changes = {"expert_init": expert_init, "num_experts": num_experts, "expert_dropout": expert_dropout}
+    moe = model_config().moe.model_copy(update=changes)
     config = model_config(moe=moe)
     topology = Topology.build(parallel, num_experts=config.moe.num_experts, device=device, size=world, local_size=world)
     engine = build_torch_engine(
@@ -149,5 +150,5 @@ def reference(loss_kind: LossKind = "sigmoid", num_experts: int = 8) -> dict[str
 def decays(name: str) -> bool:
     """The paper's list, written again by hand: matrices of the patch embedding, attention, MLPs and experts; router scale."""
     return name.endswith(
-        ("qkv.weight", "out.weight", "fc1.weight", "fc2.weight", ".w1", ".w2", "scale", "embed.weight")
+        ("qkv.weight", "out.weight", "fc1.weight", "fc2.weight", ".w1", ".w2", ".wg", "scale", "embed.weight")
     )

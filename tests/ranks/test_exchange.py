@@ -46,6 +46,7 @@ def everything_on_a_rank(rank: int, world: int) -> dict[str, Any]:
     built = {name: _exchange(world, **changes) for name, changes in EXCHANGES.items()}
     return {
         "moved": {(name, *kind): _moved(built[name], rank, *kind) for name in EXCHANGES for kind in INPUTS},
+        "keys": {name: keys_back(built[name], rank) for name in EXCHANGES},
         "events": {name: events_of(built[name], rank) for name in EXCHANGES},
         "step": {name: one_step(rank, world, **layout) for name, layout in LAYOUTS.items()},
     }
@@ -79,7 +80,7 @@ def there_and_back(
     slots = slots.detach().requires_grad_()
     seen: list[Tensor] = []
 
-    def scaled(rows: Tensor) -> Tensor:
+    def scaled(rows: Tensor, _: Tensor | None) -> Tensor:
         seen.append(rows.detach())
         return rows * expert_scale.view(-1, 1, 1)
 
@@ -126,6 +127,26 @@ def test_experts_see_rows_ordered_by_rank_group_and_slot(name: str) -> None:
         for rows, first, last in zip(seen, starts, starts[1:], strict=False):
             want = whole[:, first:last, mine].permute(2, 0, 1, 3, 4).reshape(E // R, -1, D)
             assert torch.equal(rows, want)
+
+
+def whole_keys() -> Tensor:
+    """A number for each group and expert, below 2^8: whole in bfloat16 too."""
+    return torch.arange(R * G * E).view(R * G, E)
+
+
+def keys_back(exchange: Any, rank: int) -> Tensor:
+    """What comes back where experts answer each row with its key."""
+    mine = slice(rank * G, (rank + 1) * G)
+    slots = whole_slots(torch.float32)[mine]
+    return exchange.through(
+        slots, lambda rows, keys: keys.repeat_interleave(S, 1)[..., None].expand_as(rows).to(rows), whole_keys()[mine]
+    )
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_each_row_meets_the_key_of_its_group_and_expert(name: str) -> None:
+    back = torch.cat([r["keys"][name] for r in ranks()])
+    assert torch.equal(back, whole_keys()[..., None, None].expand(-1, -1, S, D).float())
 
 
 def test_a_bfloat16_wire_rounds_twice_on_the_way_there_and_back() -> None:
@@ -185,7 +206,7 @@ class Order(TorchDispatchMode):
 def events_of(exchange: Any, rank: int) -> tuple[list[str], list[str]]:
     slots = whole_slots(torch.float32)[rank * G : (rank + 1) * G].requires_grad_()
     with Order() as forward:
-        back = exchange.through(slots, lambda rows: rows * 2)
+        back = exchange.through(slots, lambda rows, _: rows * 2)
     with Order() as backward:
         back.backward(torch.ones_like(back))
     assert not forward.flights and not backward.flights, "every exchange is waited for"

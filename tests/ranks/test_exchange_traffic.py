@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16 activations": {"expert_axis": 4, "dtype": torch.bfloat16},
     "the layer again in backward": {"expert_axis": 4, "exchange_chunks": 2, "recompute": "moe"},
     "the block again in backward": {"expert_axis": 4, **TWO_STAGE, "recompute": "block"},
+    "keys of dropout": {"expert_axis": 4, **TWO_STAGE, "exchange_chunks": 2, "recompute": "moe", "expert_dropout": 0.1},
     "no axis": {"expert_axis": 1},
 }
 ON_NODE = 2  # ranks 0 and 1 are one node, 2 and 3 another
@@ -102,10 +103,11 @@ def ranks() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_formula_says_what_the_collectives_of_a_step_were_given(name: str) -> None:
     case = {"micro": 1, "dtype": torch.float32, **CASES[name]}
-    micro, dtype, axis = case.pop("micro"), case.pop("dtype"), case["expert_axis"]
+    micro, dtype, dropout = case.pop("micro"), case.pop("dtype"), case.pop("expert_dropout", 0.0)
+    axis = case["expert_axis"]
     said = exchange_traffic(
         parallel_config(**case), axis=axis, on_node=min(ON_NODE, axis), images=IMAGES // 4, micro_batches=micro,
-        num_experts=EXPERTS, slots_per_expert=SLOTS, width=WIDTH, itemsize=dtype.itemsize,
+        num_experts=EXPERTS, slots_per_expert=SLOTS, width=WIDTH, itemsize=dtype.itemsize, expert_dropout=dropout,
     )  # fmt: skip
     for rank in ranks():
         assert rank["counts"][name] == said

@@ -22,7 +22,7 @@ def test_the_clock_leaves_the_numbers_alone_and_stops_while_experts_compute() ->
     clock = Recorded()
     experts: list[list[int]] = []
 
-    def compute(rows: Tensor) -> Tensor:
+    def compute(rows: Tensor, _: Tensor | None) -> Tensor:
         experts.append(list(clock.signs))
         rows.register_hook(lambda _: experts.append(list(clock.signs)))
         return rows.sin()

@@ -42,17 +42,38 @@ def unit(x: Tensor, dim: int) -> Tensor:
     return x / (x.square().sum(dim, keepdim=True) + 1e-6).sqrt()
 
 
-def soft_moe(x: Tensor, w: Weights, name: str) -> Tensor:
+def weightings(tokens: Tensor, w: Weights, name: str, moe: dict) -> tuple[Tensor, Tensor]:
+    """Dispatch and combine of one image, T x (E S)."""
+    T, slots, soft = len(tokens), moe["num_experts"] * moe["slots_per_expert"], moe["soft"]
+    if moe["router"] == "identity":
+        return torch.eye(T), torch.eye(T)
+
+    def logits(matrix: str) -> Tensor:
+        phi = w[f"{name}.router.{matrix}"].flatten(1)
+        product = unit(tokens, 1) @ unit(phi, 0) if soft["normalize"] else tokens @ phi
+        return w[f"{name}.router.scale"] * product if soft["scale"] else product
+
+    dispatch = torch.full((T, slots), 1 / T) if soft["dispatch"] == "uniform" else logits("phi").softmax(0)
+    if soft["combine"] == "uniform":
+        return dispatch, torch.full((T, slots), 1 / slots)
+    return dispatch, logits("combine_phi" if soft["combine"] == "separate" else "phi").softmax(1)
+
+
+def expert(x: Tensor, w: Weights, name: str, e: int) -> Tensor:
+    hidden = x @ w[f"{name}.w1"][e] + w[f"{name}.b1"][e]
+    gated = f"{name}.wg" in w
+    hidden = gelu(x @ w[f"{name}.wg"][e] + w[f"{name}.bg"][e]) * hidden if gated else gelu(hidden)
+    return hidden @ w[f"{name}.w2"][e] + w[f"{name}.b2"][e]
+
+
+def soft_moe(x: Tensor, w: Weights, name: str, moe: dict) -> Tensor:
     """One image at a time and one expert at a time, as the paper writes it."""
-    phi, scale = w[f"{name}.router.phi"], w[f"{name}.router.scale"]
-    w1, b1, w2, b2 = (w[f"{name}.experts.{part}"] for part in ("w1", "b1", "w2", "b2"))
-    D, E, S = phi.shape
+    S = moe["slots_per_expert"]
     outputs = []
     for tokens in x:
-        logits = scale * (unit(tokens, 1) @ unit(phi.reshape(D, E * S), 0))  # T x (E S)
-        dispatch, combine = logits.softmax(0), logits.softmax(1)
+        dispatch, combine = weightings(tokens, w, name, moe)
         slots = dispatch.T @ tokens
-        done = [gelu(slots[e * S : (e + 1) * S] @ w1[e] + b1[e]) @ w2[e] + b2[e] for e in range(E)]
+        done = [expert(slots[e * S : (e + 1) * S], w, f"{name}.experts", e) for e in range(moe["num_experts"])]
         outputs.append(combine @ torch.cat(done))
     return torch.stack(outputs)
 
@@ -67,8 +88,8 @@ def logits_of(images: Tensor, w: Weights, model: dict) -> Tensor:
         block = f"blocks.{i}"
         x = x + attention(norm(x, w, f"{block}.norm1"), w, f"{block}.attn", model["num_heads"])
         inner = norm(x, w, f"{block}.norm2")
-        if f"{block}.moe.router.phi" in w:
-            x = x + soft_moe(inner, w, f"{block}.moe")
+        if f"{block}.moe.experts.w1" in w:
+            x = x + soft_moe(inner, w, f"{block}.moe", model["moe"])
         else:
             x = x + linear(gelu(linear(inner, w, f"{block}.mlp.fc1")), w, f"{block}.mlp.fc2")
     return linear(norm(x, w, "norm").mean(1), w, "head")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from softmoe_train.checkpoint import blocks, export, shards
 from softmoe_train.commands.main import main
 from softmoe_train.model.init import initialize
+from softmoe_train.model.records import ModelConfig
 from softmoe_train.model.vit import ViT, build_model
+from tests.models import moe_config
 from tests.ranks.small import global_batch, model_config, perturb
 from tests.runs import environment
 from tests.unit.checkpoint.cut import save_cut
@@ -24,9 +27,9 @@ PROGRAM = Path(__file__).with_name("plain_vit.py")
 W1 = "blocks.1.moe.experts.w1"
 
 
-def model_of(seed: int) -> ViT:
-    """The small model with weights that are nowhere zero or alike."""
-    model = build_model(model_config(), torch.float32)
+def model_of(seed: int, config: ModelConfig | None = None) -> ViT:
+    """The small model, or one of `config`, with weights that are nowhere zero or alike."""
+    model = build_model(config or model_config(), torch.float32)
     model.to_empty(device="cpu")
     initialize(model, seed)
     perturb(model)
@@ -82,6 +85,24 @@ def test_plain_pytorch_computes_the_logits_of_the_run_s_model(
     torch.testing.assert_close(plain_logits(weights, images), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"soft": {"combine": "separate", "normalize": False}, "expert": "gated_mlp"},
+        {"router": "identity", "num_experts": 8, "slots_per_expert": 2},
+    ],
+    ids=str,
+)
+def test_plain_pytorch_computes_the_logits_of_ablations(tmp_path: Path, moe: dict[str, Any]) -> None:
+    config = model_config(moe=moe_config(**{"blocks": "last 2", "num_experts": 4, "slots_per_expert": 3, **moe}))
+    model = model_of(0, config)
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    save_cut(tmp_path / "checkpoints", 20, tensors, {"config": {"model": config.model_dump()}, "loop": {}}, files=2)
+    images = global_batch().images
+    # Sums in another order, in float32.
+    torch.testing.assert_close(plain_logits(exported(tmp_path, tmp_path), images), model(images).logits, rtol=1e-5, atol=1e-5)  # fmt: skip
+
+
 def test_the_file_holds_float32_weights_by_their_names_and_says_what_they_are(
     run: Path, models: dict[str, ViT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +123,9 @@ def test_the_file_holds_float32_weights_by_their_names_and_says_what_they_are(
 
 def test_every_parameter_of_the_model_is_documented_by_name() -> None:
     words = " ".join(export.NAMES) + " ".join(export.NAMES.values())
-    for name in build_model(model_config(), torch.float32).state_dict():
+    ablated = moe_config(blocks="last 1", soft={"combine": "separate"}, expert="gated_mlp")
+    configs = (model_config(), model_config(moe=ablated))
+    for name in [name for config in configs for name in build_model(config, torch.float32).state_dict()]:
         last = [part for part in name.split(".") if part not in ("weight", "bias", "blocks") and not part.isdecimal()]
         assert all(part in words for part in last), name
 

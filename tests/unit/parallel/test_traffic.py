@@ -10,7 +10,7 @@ def of_h14_on_256_gpus(**changes: Any) -> ExchangeTraffic:
     """H/14, 128 experts of one slot in bf16, batch 4,096, expert axis 128, 8 ranks on a node."""
     return exchange_traffic(
         parallel_config(128, **changes), axis=128, on_node=8, images=16, micro_batches=1, num_experts=128,
-        slots_per_expert=1, width=1280, itemsize=2,
+        slots_per_expert=1, width=1280, itemsize=2, expert_dropout=0.0,
     )  # fmt: skip
 
 

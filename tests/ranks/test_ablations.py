@@ -1,0 +1,33 @@
+"""The product's own proof of every ablation, two processes against one, over the engines and both expert axes."""
+
+import pytest
+
+from tests.ranks.test_matrix import Case, check, proofs
+
+SOFT = "model.moe.expert_init=independent model.moe.soft."
+GATED = "model.moe.expert=gated_mlp"
+CASES = {
+    "soft / uniform": Case(2, 2, "replicated", "float32", 1, "none", f"{SOFT}combine=uniform"),
+    "uniform / soft": Case(2, 1, "fsdp", "float32", 1, "none", f"{SOFT}dispatch=uniform"),
+    "uniform": Case(2, 2, "fsdp", "float32", 1, "block", f"{SOFT}dispatch=uniform model.moe.soft.combine=uniform"),
+    "uniform under zero": Case(
+        2, 1, "zero 1", "float32", 1, "none", f"{SOFT}dispatch=uniform model.moe.soft.combine=uniform"
+    ),
+    "identity": Case(2, 2, "zero 1", "float32", 1, "none", "model.moe.router=identity model.moe.slots_per_expert=1"),
+    "identity, sharded": Case(
+        2, 2, "fsdp", "bfloat16", 1, "moe", "model.moe.router=identity model.moe.slots_per_expert=1"
+    ),
+    "separate": Case(2, 2, "fsdp", "float32", 2, "none", f"optim=adafactor {SOFT}combine=separate"),
+    "not normalised": Case(2, 1, "replicated", "float32", 1, "none", f"{SOFT}normalize=false"),
+    "gated": Case(2, 2, "fsdp", "float32", 1, "none", GATED),
+    # One expert on two ranks: cut along its hidden layer, of 42 values.
+    "gated, cut inside": Case(2, 1, "fsdp", "float32", 1, "none", f"{GATED} model.moe.num_experts=1"),
+    "gated, dropped": Case(2, 2, "zero 2", "float32", 1, "none", f"{GATED} model.moe.expert_dropout=0.3"),
+    "dropped": Case(2, 2, "fsdp", "float32", 2, "block", "model.moe.expert_dropout=0.3 parallel.exchange_chunks=2"),
+    "dropped, no axis": Case(2, 1, "replicated", "float32", 1, "moe", "model.moe.expert_dropout=0.3"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_layout_computes_what_one_process_does(name: str) -> None:
+    check(CASES[name], proofs(tuple(CASES.values()))[CASES[name]])
