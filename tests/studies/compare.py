@@ -1,6 +1,6 @@
 """Dense ViT, both sparse routers, Soft MoE and its ablations at matched FLOPs on CIFAR-10 shards: one table, one picture.
 
-A program: `python -m tests.studies.compare data=FOLDER out=FOLDER [seeds=3] [jobs=2] [override ...]`. The folder `data` holds cifar10-train-*.tar
+A program: `python -m tests.studies.compare data=FOLDER out=FOLDER [seeds=3] [jobs=2] [variants=Uniform,Identity] [override ...]`. The folder `data` holds cifar10-train-*.tar
 and cifar10-test-*.tar. Each run is `softmoe train recipe=compare` with one thread, `jobs` at a time, in a folder of its own under `out`; a run that is complete
 is not repeated, one that was interrupted goes on. Into `out` go compare.md, compare.png and compare.json. Overrides go to every run.
 """
@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from softmoe_train.config import compose
-from softmoe_train.model.count import model_flops
+from softmoe_train.model.count import forward_flops
 from softmoe_train.observe.console import start_bar
 from softmoe_train.settings import RunConfig, check
 
@@ -162,7 +162,7 @@ def row_of(variant: str, runs: list[Run]) -> Row:
     }
     return Row(
         variant=variant,
-        gflop=model_flops(runs[0].config.model).forward / 1e9,
+        gflop=forward_flops(runs[0].config.model) / 1e9,
         top1=[[x["upstream/test/top1"] for x in run.lines() if "upstream/test/top1" in x][-1] for run in runs],
         train_loss=[run.late("train/loss") or 0.0 for run in runs],
         dropped=fmean(heard["dropped_tokens"]) if heard["dropped_tokens"] else None,
@@ -237,18 +237,20 @@ def study(out: Path, variants: Collection[str], seeds: int, jobs: int, overrides
 
 def main(words: list[str]) -> int:
     """The study as a program."""
-    options: dict[str, Any] = {"data": "", "out": "", "seeds": "3", "jobs": "2"}
+    options = {"data": "", "out": "", "seeds": "3", "jobs": "2", "variants": ",".join(VARIANTS)}
     given = dict(word.split("=", 1) for word in words)
     options |= {key: given.pop(key) for key in options if key in given}
     if not options["data"] or not options["out"]:
-        say("data=FOLDER (with cifar10-train-*.tar and cifar10-test-*.tar) and out=FOLDER are needed")
+        say(
+            "data=FOLDER (with cifar10-train-*.tar and cifar10-test-*.tar, or data=synthetic) and out=FOLDER are needed"
+        )
         return 2
     shards = [f"data.{part}={options['data']}/cifar10-{part}-*.tar" for part in ("train", "test")]
-    out = Path(options["out"])
+    overrides = ["data=synthetic"] if options["data"] == "synthetic" else shards
+    overrides += [f"{key}={value}" for key, value in given.items()]
+    out, variants = Path(options["out"]), options["variants"].split(",")
     try:
-        rows = study(
-            out, int(options["seeds"]), int(options["jobs"]), [*shards, *(f"{k}={v}" for k, v in given.items())]
-        )
+        rows = study(out, variants, int(options["seeds"]), int(options["jobs"]), overrides)
     except (RuntimeError, ValueError) as error:
         say(str(error))
         return 1
