@@ -27,7 +27,7 @@ from softmoe_train.observe.redact import without_secrets
 from softmoe_train.optim.average import AverageConfig
 from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
-from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems
+from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems, listed
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.start import warm_problems
 
@@ -177,7 +177,9 @@ def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]
         )
     elif config.batch_size % size == 0 and not problems:
         images = config.batch_size // (size * config.micro_batches)
-        problems += chunk_problems(config.parallel, num_experts=experts, size=size, images=images)
+        n = config.model.group_images
+        if images % n == 0:
+            problems += chunk_problems(config.parallel, num_experts=experts, size=size, images=images, group_images=n)
     problems += _group_problems(config, size) + _void_problems(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda, but torch sees no CUDA device here; use device=cpu or auto")
@@ -188,23 +190,30 @@ def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]
 
 def _group_problems(config: RunConfig, size: int) -> list[str]:
     """Why routing groups of several images would not be runs of consecutive global samples, whole in one micro-batch."""
-    n = config.model.group_images
+    n, problems = config.model.group_images, []
     key = f"model.moe.sparse.group_images={n}"
-    problems, streams, parts = [], config.data.streams, size * config.micro_batches
-    if config.batch_size % (parts * n):
+    parts = size * config.micro_batches
+    batch, streams, upstream = config.batch_size, config.data.streams, config.evals.upstream
+    # What does not divide into ranks is refused for that, whatever the groups.
+    of_batch = batch // parts if batch % parts == 0 else n
+    of_streams = streams // size if streams % size == 0 else n
+    legal = math.gcd(of_batch, of_streams, upstream.batch_size if upstream is not None else 0)
+    use = f"use {listed([d for d in range(1, legal + 1) if legal % d == 0])}"
+    if of_batch % n:
         problems.append(
-            f"{key} does not divide the {config.batch_size / parts:g} images of a micro-batch on each of {size} ranks; use a divisor, or a "
-            f"batch_size that is a multiple of {parts * n}"
+            f"{key} does not divide the {of_batch} images of a micro-batch on each of {size} ranks; {use}, or a batch_size that is a "
+            f"multiple of {parts * n}"
         )
-    if streams % (size * n):
+    if of_streams % n:
         problems.append(
-            f"{key} does not divide the {streams / size:g} consecutive samples that each of {size} ranks has of data.streams={streams}; use "
-            f"a divisor, or streams that are a multiple of {size * n}"
+            f"{key} does not divide the {of_streams} consecutive samples that each of {size} ranks has of data.streams={streams}; {use}, or "
+            f"streams that are a multiple of {size * n}"
         )
-    upstream = config.evals.upstream
     if upstream is not None and upstream.batch_size % n:
-        problems.append(f"{key} does not divide evals.upstream.batch_size={upstream.batch_size}; use a multiple of {n}")
-    return problems if n > 1 else []
+        problems.append(
+            f"{key} does not divide evals.upstream.batch_size={upstream.batch_size}; {use}, or a multiple of {n} there"
+        )
+    return problems
 
 
 def _void_problems(config: RunConfig) -> list[str]:

@@ -50,7 +50,7 @@ class UpstreamEvaluator:
                 logger.warning("left out a broken held-out image: %s %s: %s", sample.shard, sample.key, sample.reason)
             sums[3] += len(batch.broken)
             batch = batch.to(device)
-            logits = state.engine.module(batch.images).logits
+            logits = state.engine.module(batch.images, None, batch.mask).logits
             loss = classification_loss(logits, batch.labels, self.loss)
             sums[:3] += torch.stack(
                 [_masked(hits(logits, batch.labels), batch), _masked(loss, batch), batch.mask.double().sum()]

@@ -6,7 +6,7 @@ B images  T tokens  D width  C classes
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from softmoe_train.model.init import InitRule, constant, normal, zeros
@@ -17,6 +17,7 @@ from softmoe_train.model.records import ModelConfig, moe_blocks
 
 Pixels = UInt8[Tensor, "B 3 Y X"] | Float[Tensor, "B 3 Y X"]
 Keys = Int64[Tensor, " B"]  # one an image, from (seed, global sample): what noise in training is derived from
+Real = Bool[Tensor, " B"]  # False for what only fills a batch up, and must take nothing from the others
 
 
 class Predictions(NamedTuple):
@@ -43,13 +44,13 @@ class Block(nn.Module):
         self.has_experts = has_experts
 
     def forward(
-        self, x: Float[Tensor, "B T D"], keys: Keys | None = None
+        self, x: Float[Tensor, "B T D"], keys: Keys | None = None, real: Real | None = None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " M"] | None]:
         """x + attention, then x + MLP or MoE; and what the router tells."""
         x = x + self.attn(self.norm1(x))
         if not self.has_experts:
             return x + self.mlp(self.norm2(x)), None
-        mixed, told = self.moe(self.norm2(x), keys)
+        mixed, told = self.moe(self.norm2(x), keys, real)
         return x + mixed, told
 
 
@@ -86,7 +87,9 @@ class ViT(nn.Module):
         """The learned position embedding: N(0, position_std²); the paper's deviation is 0.02."""
         return {"position": InitRule(normal(self.config.position_std))}
 
-    def features(self, images: Pixels, keys: Keys | None = None) -> tuple[Float[Tensor, "B D"], list[Tensor]]:
+    def features(
+        self, images: Pixels, keys: Keys | None = None, real: Real | None = None
+    ) -> tuple[Float[Tensor, "B D"], list[Tensor]]:
         """What the head sees, and what each router that tells something tells.
 
         Bytes are scaled from [0, 255] to [-1, 1]; floating-point images are taken as they are.
@@ -98,14 +101,14 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             # Of the block: so blocks of one shape stay one graph under torch.compile.
             own = keys_at(keys, f"blocks.{i}") if keys is not None and self.draws else None
-            x, told = block(x, own)
+            x, told = block(x, own, real)
             if told is not None:
                 all_told.append(told)
         return self.norm(x).mean(dim=1), all_told
 
-    def forward(self, images: Pixels, keys: Keys | None = None) -> Predictions:
-        """Class logits of each image; `keys` in training, None in evaluation."""
-        features, told = self.features(images, keys)
+    def forward(self, images: Pixels, keys: Keys | None = None, real: Real | None = None) -> Predictions:
+        """Class logits of each image; `keys` in training, None in evaluation, where some images may not be `real`."""
+        features, told = self.features(images, keys, real)
         return Predictions(self.head(features), torch.stack(told) if told else None)
 
 

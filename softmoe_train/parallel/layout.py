@@ -77,15 +77,19 @@ def layout_problems(config: ParallelConfig, *, num_experts: int, size: int, loca
     return problems or _copy_problems(config, R, size) + _stage_problems(config, R, size, local_size)
 
 
-def chunk_problems(config: ParallelConfig, *, num_experts: int, size: int, images: int) -> list[str]:
-    """Why `images`, those of a rank's micro-batch, are not cut into equal chunks; where nothing is exchanged nothing is cut."""
-    chunks = config.exchange_chunks
-    if images % chunks == 0 or expert_axis(config, num_experts=num_experts, size=size) == 1:
+def chunk_problems(
+    config: ParallelConfig, *, num_experts: int, size: int, images: int, group_images: int = 1
+) -> list[str]:
+    """Why `images`, those of a rank's micro-batch, are not cut into equal chunks; where nothing is exchanged nothing is cut.
+
+    Routing groups of several images are cut whole.
+    """
+    chunks, groups = config.exchange_chunks, images // group_images
+    if groups % chunks == 0 or expert_axis(config, num_experts=num_experts, size=size) == 1:
         return []
-    legal = _listed([d for d in range(1, images + 1) if images % d == 0])
-    return [
-        f"parallel.exchange_chunks={chunks} does not divide the {images} images of a micro-batch on each rank; use {legal}"
-    ]
+    legal = listed([d for d in range(1, groups + 1) if groups % d == 0])
+    what = f"{images} images" if group_images == 1 else f"{groups} routing groups ({images} images)"
+    return [f"parallel.exchange_chunks={chunks} does not divide the {what} of a micro-batch on each rank; use {legal}"]
 
 
 def _expert_axis_problems(R: int, num_experts: int, size: int) -> list[str]:
@@ -96,7 +100,7 @@ def _expert_axis_problems(R: int, num_experts: int, size: int) -> list[str]:
     fails = [f"model.moe.num_experts={num_experts}"] if R < 1 or num_experts % R else []
     fails += [f"the {_ranks(size)} of this run"] if R < 1 or size % R else []
     common = math.gcd(num_experts, size)
-    legal = _listed([d for d in range(1, common + 1) if common % d == 0])
+    legal = listed([d for d in range(1, common + 1) if common % d == 0])
     return [
         f"parallel.expert_axis={R} does not divide {' nor '.join(fails)}; {num_experts} experts on {_ranks(size)} allow {legal}"
     ]
@@ -106,7 +110,7 @@ def _copy_problems(config: ParallelConfig, R: int, size: int) -> list[str]:
     legal = [s for s in range(2, size) if size % s == 0 and (s % R == 0 or R % s == 0)]
     if config.shard_size is None or config.shard_size in legal:
         return []
-    remedy = f"use {_listed(legal)}" if legal else "use parallel.sharding=fsdp or replicated"
+    remedy = f"use {listed(legal)}" if legal else "use parallel.sharding=fsdp or replicated"
     return [
         f"parallel.shard_size={config.shard_size} with {_ranks(size)} and expert axis {R}: it must be more than one rank and "
         f"fewer than all, divide the ranks, and be a multiple or a divisor of the axis; {remedy}"
@@ -121,7 +125,7 @@ def _stage_problems(config: ParallelConfig, R: int, size: int, local_size: int |
     if R % n == 0 and 1 < n < R:
         return []
     legal = [d for d in range(2, R) if R % d == 0]
-    remedy = f"set parallel.node_size to {_listed(legal)}, or " if legal else ""
+    remedy = f"set parallel.node_size to {listed(legal)}, or " if legal else ""
     remedy += "use parallel.exchange=flat"
     if config.node_size is not None:
         return [f"parallel.node_size={n} does not cut an expert axis of {R} ranks into nodes of several; {remedy}"]
@@ -135,6 +139,7 @@ def _ranks(size: int) -> str:
     return f"{size} ranks" if size > 1 else "1 rank"
 
 
-def _listed(numbers: list[int]) -> str:
+def listed(numbers: list[int]) -> str:
+    """Numbers as a person lists them: 1, 2 or 4."""
     words = [str(n) for n in numbers]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
