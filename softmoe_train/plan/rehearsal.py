@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from softmoe_train.data import Batch, Cursor
 from softmoe_train.dist import local_values
-from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine
+from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, forget_groups
 from softmoe_train.engine.deepspeed_state import PartitionedState
 from softmoe_train.engine.torch_engine import TorchEngine
 from softmoe_train.model.vit import ViT
@@ -109,7 +109,7 @@ def _step(engine: TorchEngine | DeepSpeedEngine, config: RunConfig, size: int, t
         engine.forward_backward(part, last=part is parts[-1])
     holds = held(engine)
     engine.update(0.0)
-    collectives, peak = tally.collectives, tally.peak
+    collectives, peak = list(tally.collectives), tally.peak
     checkpoint = sum(tensor.numel() * tensor.dtype.itemsize for tensor in engine.state_dict().values())
     return Rehearsed(holds, max(kept), peak, collectives, checkpoint)
 
@@ -136,4 +136,5 @@ def _fake_world(size: int) -> Iterator[None]:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # DeepSpeed's alignment
             yield
     finally:
+        forget_groups()
         dist.destroy_process_group()

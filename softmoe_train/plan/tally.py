@@ -50,12 +50,12 @@ class Tally(TorchDispatchMode):
         self.peak = 0
         self.collectives: list[Collective] = []
         self._sizes: dict[int, int] = {}
-        self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> "Tally":
         # Layouts plan operators in fake modes of their own: what is made in those is no memory.
         self._world = active_fake_mode()
-        tally, resize = self, self._resize
+        tally, resize = self, torch.UntypedStorage.resize_
+        self._resize = resize
 
         def resize_(storage: torch.UntypedStorage, size: int) -> None:  # FSDP2 frees and refills what it gathers
             resize(storage, size)
@@ -120,14 +120,13 @@ def _bytes(arg: Any) -> int:
 def _ranks_of(args: Iterable[Any]) -> tuple[int, ...]:
     """Of the group of a collective: functional ones are given its name, the others the group itself."""
     for leaf in tree_leaves(list(args)):
-        group = None
-        if isinstance(leaf, str) and leaf not in ("sum", "avg", "min", "max"):
-            group = dist.distributed_c10d._resolve_process_group(leaf)  # pyright: ignore[reportArgumentType]
-        elif isinstance(leaf, torch.ScriptObject):
+        name = leaf if isinstance(leaf, str) and leaf not in ("sum", "avg", "min", "max") else None
+        if isinstance(leaf, torch.ScriptObject):
             try:
-                group = dist.ProcessGroup.unbox(leaf)
+                name = dist.ProcessGroup.unbox(leaf).group_name
             except RuntimeError:  # the operator of a reduction
                 continue
-        if group is not None:
+        if name is not None:
+            group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
             return tuple(dist.get_process_group_ranks(group))
     raise AssertionError(f"no group among {args}")
