@@ -113,15 +113,17 @@ def train_all(runs: list[Run], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool, start_bar(sys.stdout) as bar:
         task = bar.add_task("", total=total, facts="steps")
         begun = {pool.submit(train, run): run for run in left}
-        for done in _as_they_end(begun):
-            steps = sum(int(lines[-1]["step"]) for run in runs if (lines := run.lines()))
-            bar.update(task, completed=steps, facts=f"steps, {sum(run.complete for run in runs)} of {len(runs)} runs")
-            bar.refresh()
-            for future in done:
-                if future.exception() is not None:
-                    pool.shutdown(cancel_futures=True)
+        try:
+            for done in _as_they_end(begun):
+                steps = sum(int(lines[-1]["step"]) for run in runs if (lines := run.lines()))
+                complete = sum(run.complete for run in runs)
+                bar.update(task, completed=steps, facts=f"steps, {complete} of {len(runs)} runs")
+                bar.refresh()
+                for future in done:
                     future.result()
-                say(told(begun[future]))
+                    say(told(begun[future]))
+        finally:  # after a failure or Ctrl-C those that run end by themselves, no other begins
+            pool.shutdown(cancel_futures=True)
 
 
 def _as_they_end(futures: dict[Future[None], Run]) -> Iterator[set[Future[None]]]:
@@ -182,7 +184,11 @@ def table(rows: list[Row]) -> str:
             share(row.dropped), share(row.empty), f"{row.images_per_second:,.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    seeds = f"Means over {len(rows[0].top1)} seeds, in brackets the lowest and the highest. "
+    late = f"Training loss, dropped tokens and empty slots are means over the last {100 * LATE:.0f} % of training; "
+    return "\n".join(
+        [*lines, "", seeds + late + "a dash is where nothing can be dropped or empty; images/s of one thread."]
+    )
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -191,7 +197,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def share(value: float | None) -> str:
-    """In percent; a dash where nothing can be dropped or empty."""
+    """In percent."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
@@ -249,6 +255,9 @@ def main(words: list[str]) -> int:
     overrides = ["data=synthetic"] if options["data"] == "synthetic" else shards
     overrides += [f"{key}={value}" for key, value in given.items()]
     out, variants = Path(options["out"]), options["variants"].split(",")
+    if unknown := set(variants) - set(VARIANTS):
+        say(f"variants={options['variants']}: there is no {', '.join(unknown)}; use some of {','.join(VARIANTS)}")
+        return 2
     try:
         rows = study(out, variants, int(options["seeds"]), int(options["jobs"]), overrides)
     except (RuntimeError, ValueError) as error:
