@@ -42,7 +42,6 @@ CASES: Cases = {
     },
     4: {
         "copies of all": [AXIS[1]],
-        "experts cut in two": [AXIS[2]],
         "experts cut in four, bfloat16": [AXIS[4], "precision=bfloat16"],
         "fsdp, axis 2, blocks again in backward": [AXIS[2], FSDP, "parallel.recompute=block"],
         "fsdp, axis 4, micro-batches": [AXIS[4], FSDP, "micro_batches=2", "parallel.reduce_each_micro=true"],
@@ -56,6 +55,7 @@ MORE: Cases = {
         "zero 2, micro-batches": [*ZERO, "engine.zero_stage=2", "micro_batches=2"],
     },
     4: {
+        "experts cut in two": [AXIS[2]],
         "fsdp, axis 2": [AXIS[2], FSDP],
         "hsdp": [AXIS[2], *HSDP],
         "two stages": [AXIS[4], "parallel.exchange=two_stage", "parallel.node_size=2"],
