@@ -4,6 +4,7 @@ Every mistake is found before it is reported: all of them go into one message.
 """
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -98,6 +99,18 @@ def compose_own(record: type[R], file: str, overrides: list[str]) -> tuple[R | N
             tree[key] = list(parsed.sweep_iterator()) if parsed.is_choice_sweep() else parsed.value()
     settings, found = parse(record, tree)
     return settings, problems + found
+
+
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """Every combination of a sweep in Hydra's own syntax (`seed=1,2`, `steps=range(10,30,10)`), the last key fastest."""
+    choices = []
+    for override in overrides:
+        parsed = _parsed(override)
+        if parsed is None or not parsed.is_sweep_override():
+            choices.append([override])
+        else:
+            choices.append([f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()])
+    return [list(point) for point in itertools.product(*choices)]
 
 
 def parse(record: type[R], tree: Tree) -> tuple[R | None, list[str]]:

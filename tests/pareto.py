@@ -27,6 +27,22 @@ class ParetoRow(NamedTuple):
     train_exaflop: float  # one a multiply-and-add (paper.md 2.2)
     tpuv3_days: float
 
+    @property
+    def name(self) -> str:
+        """What `model=` calls it."""
+        backbone = f"{self.size}{self.patch}"
+        return f"vit_{backbone}" if self.kind == "dense" else f"{self.kind}_{backbone}_{self.experts}e"
+
+    @property
+    def overrides(self) -> list[str]:
+        """`model=` and what the name leaves open."""
+        open_values = {
+            "tokens_choice.top_k": self.top_k,
+            "sparse.capacity_factor": self.capacity_factor,
+            "sparse.group_images": self.group_images if self.kind in ("tc", "ec") else None,
+        }
+        return [f"model={self.name}", *(f"model.moe.{key}={v}" for key, v in open_values.items() if v is not None)]
+
 
 def pareto_rows() -> list[ParetoRow]:
     """All rows, in the order of the table."""

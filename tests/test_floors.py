@@ -11,13 +11,14 @@ FLOORS = {
     "config": -1, "dist": -1,
     "model": 0, "data": 0, "optim": 0, "observe": 0,
     "parallel": 1, "faults": 1, "launching": 1,
-    "engine": 2, "checkpoint": 2, "plan": 2,
+    "engine": 2, "checkpoint": 2,
     "loop": 3,
     "warm": 3,  # weights from elsewhere
     "evals": 4,
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
     "resume": 4.7,  # from which checkpoint run.py goes on
     "run": 5, "worlds": 5,
+    "plan": 5.5,  # a run assembled by run.py, on shapes alone; what counts bytes serves the floor above too
     "parity": 6, "bench": 6, "sweep": 6, "report": 6,
     "commands": 7,
 }  # fmt: skip

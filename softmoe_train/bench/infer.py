@@ -8,7 +8,7 @@ from torch import Tensor
 from softmoe_train.bench.rounds import Side, Timings, measure, no_reset
 from softmoe_train.bench.settings import InferSettings, Measuring, group_problems
 from softmoe_train.bench.table import Outcome, milliseconds, progress, ratio
-from softmoe_train.model.count import model_flops
+from softmoe_train.model.count import forward_flops
 from softmoe_train.model.init import initialize
 from softmoe_train.model.records import ModelConfig, moe_blocks
 from softmoe_train.model.vit import ViT, build_model
@@ -40,7 +40,7 @@ def bench_infer(settings: InferSettings, config: ModelConfig, dtype: torch.dtype
     """Forward only, of the model and of its dense twin (the same configuration with model.moe.blocks=[])."""
     twin = config.model_copy(update={"moe": config.moe.model_copy(update={"blocks": []})})
     models = {SOFT: _ready(config, dtype, device), DENSE: _ready(twin, dtype, device)}
-    flops = {name: model_flops(model.config).forward for name, model in models.items()}
+    flops = {name: forward_flops(model.config) for name, model in models.items()}
     rows = []
     with progress(len(settings.images) * (settings.rounds + settings.warmup), shown=True) as advance:
         for images in settings.images:

@@ -1,13 +1,12 @@
 """This file owns counting bytes: what a forward keeps for its backward, and the most that is alive at once."""
 
-import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from softmoe_train.plan.tally import Tally
 
 
 class Memory(NamedTuple):
@@ -24,7 +23,7 @@ def count_memory(
     """Run forward and backward once and count; the gradients are left where they are."""
     own = list(parameters)
     saved = _Saved(own)
-    live = _Live()
+    live = Tally()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -59,33 +58,3 @@ class _Saved:
 def _plain_shape(tensor: Tensor) -> set[tuple[int, ...]]:
     """The shape, also as it is where the last two dims are transposed."""
     return {tuple(tensor.shape), tuple(tensor.mT.shape)} if tensor.ndim >= 2 else {tuple(tensor.shape)}
-
-
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operators make, and takes off those that die."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage(), known)
-        return result
-
-    def _see(self, storage: torch.UntypedStorage, known: set[int]) -> None:
-        key = id(storage)  # one Python object for as long as the storage lives
-        if key in known or key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)

@@ -21,7 +21,7 @@ from softmoe_train.data import Batch, Cursor, build_stream, check_data, make_ind
 from softmoe_train.dist import World, gather_over_world, gather_texts
 from softmoe_train.engine.protocol import Engine
 from softmoe_train.loop import train_step
-from softmoe_train.model.count import model_flops
+from softmoe_train.model.count import training_flops
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.run import DTYPES, build_engine, build_topology
 from softmoe_train.settings import RunConfig
@@ -106,7 +106,7 @@ class Rehearsal:
         out, both = (self.travel[name][warmup:] for name in ("forward", "backward"))
         rounds = range(len(both))
         step = [seconds["data"][i] + seconds["step"][i] for i in rounds]
-        flops = images * model_flops(self.config.model).training
+        flops = images * training_flops(self.config.model)
         speed = [flops / s for s in step]
         peak = [self.product_flops / s for s in seconds["product"]]
         return Parts(
@@ -209,7 +209,7 @@ def _outcome(parts: Parts, settings: StepSettings, config: RunConfig, topology: 
     row: dict[str, Any] = {
         "seconds": {name: getattr(parts, name)._asdict() for name in shown},
         "images_per_second": rate,
-        "flops_per_image": model_flops(config.model).training,
+        "flops_per_image": training_flops(config.model),
         "utilisation": parts.utilisation._asdict(),
         "product_flops_per_second": parts.peak._asdict(),
         "batch_size": config.batch_size,

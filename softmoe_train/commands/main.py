@@ -9,6 +9,7 @@ from softmoe_train.commands.bench import MEASURES, bench
 from softmoe_train.commands.export import export
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
+from softmoe_train.commands.plan import compare, plan
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
 
@@ -27,6 +28,10 @@ each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=
 PARITY_EPILOG = """any overrides of a run, and out=FILE.json (for programs) and reference=same (one process in float32, not float64)
   softmoe parity recipe=quickstart shrink=laptop processes=2 parallel.expert_axis=2
   torchrun --nproc-per-node 8 --no-python softmoe parity model=soft_b16_128e batch_size=64 parallel.sharding=fsdp"""
+
+PLAN_EPILOG = """any overrides of a run, and ranks=64 ranks_per_host=8 (of the machines it is for), out=FILE.json (for programs)
+  softmoe plan model=soft_h14_256e ranks=64 parallel.expert_axis=8 parallel.sharding=fsdp
+  softmoe plan -m model=soft_s16_128e model.moe.num_experts=16,32,64 ranks=8"""
 
 INSPECT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), verify=true, against=FOLDER, out=FILE.json
   softmoe inspect ckpt=runs/mine verify=true
@@ -54,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return inspect(options.overrides)
             case "parity":
                 return parity(options.overrides)
+            case "plan":
+                return (compare if options.multirun else plan)(options.overrides)
             case _:
                 return train(options.overrides, print_only=options.cfg is not None)
     except ConfigError as error:
@@ -79,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     training = verb("train", "pretrain, or continue what the run folder holds", EPILOG)
     training.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
     proof = verb("parity", "prove that this layout computes what one process computes; needs no data", PARITY_EPILOG)
+    planning = verb(
+        "plan", "what a run costs, before it runs and on any machine: memory, FLOPs, bytes, legality", PLAN_EPILOG
+    )
+    planning.add_argument("-m", "--multirun", action="store_true", help="compare the points of a sweep in one table")
     measuring = verb(
         "bench",
         "measure against a floor taken in the same minute: layer, infer, step, exchange, checkpoint",
@@ -89,6 +100,6 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", "what is in a checkpoint, whether it is whole, how it differs from another", INSPECT_EPILOG
     )
     exporting = verb("export", "write a checkpoint's weights as one safetensors file for plain PyTorch", EXPORT_EPILOG)
-    for parsed in (training, proof, measuring, inspecting, exporting):
+    for parsed in (training, proof, planning, measuring, inspecting, exporting):
         parsed.add_argument("overrides", nargs="*", help="key=value")
     return parser

@@ -59,7 +59,7 @@ def expand_shards(spec: str | list[str] | None, *, key: str) -> list[str]:
     specs = [spec] if isinstance(spec, str) else spec or []
     if not specs or not all(specs):
         raise ValueError(
-            f"{key} is not set: name a folder, a glob or a brace pattern of tar shards, as in {key}=FOLDER."
+            f"{key} is not set: name a folder, a glob or a brace pattern of tar shards, as in {key}=FOLDER (data=synthetic needs none)."
         )
     paths = [os.path.abspath(path) for one in specs for path in _expand(one, key)]
     twice = [path for path, times in Counter(paths).items() if times > 1]

@@ -6,6 +6,7 @@ the skip of a non-finite update are ours, as are names, shapes and checkpoints: 
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,6 +183,13 @@ def build_deepspeed_engine(
     else:
         held = PartitionedState(parameters, wrapped.optimizer)
     return DeepSpeedEngine(model, wrapped, held, layouts, decided.optim, average, loss, decided.batch_size, seed)
+
+
+def forget_groups() -> None:
+    """Have DeepSpeed let go of the process groups of engines that are no more: it would use them in the next of this process."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        groups._release_process_group_references(group=None)
 
 
 def _make_local(model: nn.Module, layouts: dict[str, Tensor]) -> None:

@@ -90,7 +90,11 @@ def test_plain_pytorch_computes_the_logits_of_the_run_s_model(
     [
         {"soft": {"combine": "separate", "normalize": False}, "expert": "gated_mlp"},
         {"router": "identity", "num_experts": 8, "slots_per_expert": 2},
-        {"router": "tokens_choice", "tokens_choice": {"top_k": 2}, "sparse": {"group_images": 4, "capacity_factor": 0.5}},
+        {
+            "router": "tokens_choice",
+            "tokens_choice": {"top_k": 2},
+            "sparse": {"group_images": 4, "capacity_factor": 0.5},
+        },
         {"router": "experts_choice", "sparse": {"group_images": 2}, "expert": "gated_mlp"},
     ],
     ids=str,

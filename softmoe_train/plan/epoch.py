@@ -1,0 +1,33 @@
+"""This file owns how much data a run sees: what its shards hold, and how often it passes over them."""
+
+from typing import NamedTuple
+
+from softmoe_train.data import SyntheticConfig
+from softmoe_train.data.shards import expand_shards, index_shards
+from softmoe_train.settings import RunConfig
+
+
+class Epoch(NamedTuple):
+    """The training data; or, in `unknown`, why nothing is known of it."""
+
+    shards: int | None
+    images: int | None
+    unknown: str | None
+
+    def steps(self, batch_size: int) -> float | None:
+        """Of one pass over the images."""
+        return None if self.images is None else self.images / batch_size
+
+
+def epoch_of(config: RunConfig) -> Epoch:
+    """Count the images of data.train, whose tars are indexed as the run would do (read once; the index is kept)."""
+    data = config.data
+    if isinstance(data, SyntheticConfig):
+        return Epoch(None, data.num_train, None)
+    if data.train is None:
+        return Epoch(None, None, "data.train is not given")
+    try:
+        paths = expand_shards(data.train, key="data.train")
+        return Epoch(len(paths), sum(shard.count for shard in index_shards(paths)), None)
+    except ValueError as error:
+        return Epoch(None, None, str(error))
