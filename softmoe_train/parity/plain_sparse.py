@@ -89,7 +89,8 @@ def _seated(token: Tensor, T: int) -> Tensor:
 
 
 def _difference(given: Tensor, own: Tensor) -> float:
-    return ((given - own).abs() / own).max().item()
+    largest = torch.where(given == own, 0.0, (given - own).abs() / own).max().item()
+    return math.inf if math.isnan(largest) else largest  # max() would pass over what is not a number
 
 
 def _auxiliary(config: MoEConfig, logits: Tensor, noisy: Tensor, gates: Tensor, std: float) -> Tensor:

@@ -15,7 +15,7 @@ from tests.models import moe_config
 T, E = 6, 4
 
 
-def routed(router: str, near: float, **moe: Any) -> tuple[SparseRouting, Any, Tensor, Tensor]:
+def routed(router: str, near: float, *, scale: float = 1.0, **moe: Any) -> tuple[SparseRouting, Any, Tensor, Tensor]:
     """A router in float64 over a group whose tokens 1 and 2 differ by `near`, relative."""
     config = moe_config(router=router, num_experts=E, **moe)
     ours = build_router(config, E).double()
@@ -23,6 +23,7 @@ def routed(router: str, near: float, **moe: Any) -> tuple[SparseRouting, Any, Te
     ours.gate.data.copy_(gate)
     x = torch.randn(1, T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x[0, 2] = x[0, 1] * (1 + near)
+    x *= scale
     return ours(x), config, gate, x
 
 
@@ -59,6 +60,15 @@ def test_a_choice_that_gates_do_not_allow_is_as_wrong_as_the_gates_are_far_apart
     assert followed(routing.decisions._replace(priority=torch.zeros_like(priority)), *rest).apart == math.inf
     unserved = routing.decisions._replace(token=torch.full_like(routing.decisions.token, T))
     assert followed(unserved, *rest).apart == math.inf
+
+
+def test_gates_that_are_no_numbers_are_not_passed_over() -> None:
+    routing, config, gate, x = routed("experts_choice", 0.3)
+    assert followed(routing.decisions, config, gate * float("nan"), x).apart == math.inf
+    # A gate that underflows to zero is decided as well as any other.
+    routing, *rest = routed("tokens_choice", 0.3, scale=1e4, tokens_choice={"top_k": E})
+    assert (routing.weights == 0).any()
+    assert followed(routing.decisions, *rest).apart == 0
 
 
 def test_an_expert_that_takes_other_tokens_or_one_twice_is_seen() -> None:
