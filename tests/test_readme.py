@@ -111,6 +111,14 @@ def _resume_lines() -> tuple[str, str]:
     return first, second
 
 
+@pytest.mark.parametrize("words", lines_of("plan"), ids=" ".join)
+def test_a_look_at_the_cost_runs_as_written(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint" in said
+    assert ("8 (this run)" in said) == ("-m" not in words)
+
+
 @pytest.mark.parametrize("words", lines_of("inspect"), ids=" ".join)
 def test_a_look_at_its_checkpoints_runs_as_written(
     again: tuple[Path, list[str]], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,7 @@ from softmoe_train.commands.bench import MEASURES, bench
 from softmoe_train.commands.export import export
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
-from softmoe_train.commands.plan import plan
+from softmoe_train.commands.plan import compare, plan
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "parity":
                 return parity(options.overrides)
             case "plan":
-                return plan(options.overrides, sweep=options.multirun)
+                return (compare if options.multirun else plan)(options.overrides)
             case _:
                 return train(options.overrides, print_only=options.cfg is not None)
     except ConfigError as error:

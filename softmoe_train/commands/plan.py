@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError, compose, compose_own, expand_sweep, split_overrides
@@ -11,33 +12,41 @@ from softmoe_train.plan.table import print_comparison, print_plan
 from softmoe_train.settings import RunConfig
 
 
-def plan(overrides: list[str], *, sweep: bool) -> int:
-    """Print the plan, or with `sweep` one table of all its points; raises ConfigError with all mistakes of every point."""
-    points = expand_sweep(overrides) if sweep else [overrides]
-    asked, problems = [], []
-    for point in points:
-        try:
-            asked.append(_compose(point))
-        except ConfigError as error:
-            problems += (
-                error.problems
-                if len(points) == 1
-                else [f"{' '.join(_swept(points, point))}: {p}" for p in error.problems]
-            )
-    if under_a_launcher():
-        problems.append("softmoe plan is one process; start it without a launcher")
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    plans = [make_plan(run, *own.world(run), axes=not sweep) for own, run in asked]
-    if sweep:
-        print_comparison(*_table(points, plans))
-    else:
-        print_plan(plans[0])
-    out = asked[0][0].out
-    if out is not None:
-        documents = [{"overrides": point, **plan.document()} for point, plan in zip(points, plans, strict=True)]
-        Path(out).write_text(json.dumps({"plans": documents} if sweep else documents[0], indent=1) + "\n")
+def plan(overrides: list[str]) -> int:
+    """Print the plan of one run; raises ConfigError with all that keeps it from being one."""
+    _check_alone()
+    own, run = _compose(overrides)
+    made = make_plan(run, *own.world(run), axes=True)
+    print_plan(made)
+    _write(own, {"overrides": overrides, **made.document()})
     return 0
+
+
+def compare(overrides: list[str]) -> int:
+    """Print one table of all points of a sweep that could run; then raises ConfigError where some could not, each with its reasons."""
+    _check_alone()
+    points = expand_sweep(overrides)
+    plans: list[tuple[list[str], Plan]] = []
+    asked, problems = None, []
+    for point in points:
+        swept = [override for i, override in enumerate(point) if any(other[i] != override for other in points)]
+        try:
+            asked, run = _compose(point)
+        except ConfigError as error:
+            problems += [f"{' '.join(swept)}: {problem}" if swept else problem for problem in error.problems]
+            continue
+        plans.append((swept, make_plan(run, *asked.world(run), axes=False)))
+    if asked is not None:
+        print_comparison(plans)
+        _write(asked, {"plans": [{"overrides": swept, **made.document()} for swept, made in plans]})
+    if problems:
+        raise ConfigError(problems)
+    return 0
+
+
+def _check_alone() -> None:
+    if under_a_launcher():
+        raise ConfigError(["softmoe plan is one process; start it without a launcher, and give it ranks="])
 
 
 def _compose(overrides: list[str]) -> tuple[PlanConfig, RunConfig]:
@@ -53,13 +62,6 @@ def _compose(overrides: list[str]) -> tuple[PlanConfig, RunConfig]:
     return own, run
 
 
-def _swept(points: list[list[str]], point: list[str]) -> list[str]:
-    """The overrides of a point that are not the same in all points."""
-    return [override for i, override in enumerate(point) if any(other[i] != override for other in points)]
-
-
-def _table(points: list[list[str]], plans: list[Plan]) -> tuple[list[str], list[tuple[list[str], Plan]]]:
-    """The swept keys, and their values beside each plan."""
-    parts = [[override.partition("=") for override in _swept(points, point)] for point in points]
-    keys = [key for key, _, _ in parts[0]]
-    return keys, [([value for _, _, value in part], plan) for part, plan in zip(parts, plans, strict=True)]
+def _write(own: PlanConfig, document: dict[str, Any]) -> None:
+    if own.out is not None:
+        Path(own.out).write_text(json.dumps(document, indent=1) + "\n")

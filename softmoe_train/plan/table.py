@@ -7,6 +7,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from softmoe_train.model.products import CPU_MULTIPLIES_BF16
 from softmoe_train.plan.make import Plan
 from softmoe_train.settings import TorchEngineConfig
 
@@ -26,14 +27,17 @@ def print_plan(plan: Plan) -> None:
     print(*_notes(plan), sep="\n", flush=True)
 
 
-def print_comparison(keys: Sequence[str], rows: Sequence[tuple[Sequence[str], Plan]]) -> None:
-    """A line for each combination of the swept `keys`."""
+def print_comparison(plans: Sequence[tuple[Sequence[str], Plan]]) -> None:
+    """A line for each plan, beside the overrides that make it another than the rest."""
+    keys = [override.partition("=")[0] for override in plans[0][0]]
     columns = ["parameters", "GFLOP/image", "exaFLOP (paper)", "lasting", "activations", "peak", "slots", "weights"]
     columns = [*(key.removeprefix("model.").removeprefix("parallel.") for key in keys), *columns, "checkpoint"]
-    _print(columns, [[*values, *_compared(plan)] for values, plan in rows])
+    cells = [[*(override.partition("=")[2] for override in swept), *_compared(plan)] for swept, plan in plans]
+    _print(columns, cells)
     print(
-        "bytes of one rank: lasting is weights, gradients and optimizer; peak is the most of a step; slots and weights are what a step sends off "
-        "the rank;\nexaFLOP as the paper counts training: one a multiply-add, times three, one-hot products of sparse routers included",
+        "bytes of one rank: lasting is weights, gradients and optimizer; peak is the most of a step; slots and weights are what a step "
+        "sends off the rank;\nexaFLOP as the paper counts training: one a multiply-add, times three, one-hot products of sparse routers "
+        "included",
         flush=True,
     )
 
@@ -138,6 +142,10 @@ def _notes(plan: Plan) -> list[str]:
         )
     if config.compile:
         notes.append("compile=true: planned as it runs without; compiled blocks keep about as much")
+    if config.precision == "bfloat16" and not CPU_MULTIPLIES_BF16:
+        notes.append(
+            "this processor has no bfloat16 products and makes them in float32: a GPU needs a little less at once"
+        )
     notes.append("bytes are of tensors on rank 0; an allocator's slack and the buffers of NCCL and CUDA come on top")
     return notes
 

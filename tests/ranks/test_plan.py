@@ -15,7 +15,7 @@ from softmoe_train.config import compose
 from softmoe_train.data import build_stream
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine
 from softmoe_train.parallel.topology import Topology
-from softmoe_train.plan.rehearsal import Rehearsed, held, rehearse
+from softmoe_train.plan.rehearsal import held, rehearse
 from softmoe_train.plan.tally import Tally
 from softmoe_train.run import build_engine
 from softmoe_train.settings import RunConfig
@@ -27,31 +27,39 @@ MODEL = [
     "model.moe.num_experts=8", "model.moe.slots_per_expert=5", "model.moe.blocks=last 2",
 ]  # fmt: skip
 FSDP, HSDP = "parallel.sharding=fsdp", ["parallel.sharding=hsdp", "parallel.shard_size=2"]
-CASES: dict[int, dict[str, list[str]]] = {
+ZERO = ["parallel.expert_axis=2", "engine=deepspeed"]
+AXIS = {R: f"parallel.expert_axis={R}" for R in (1, 2, 4)}
+Cases = dict[int, dict[str, list[str]]]
+CASES: Cases = {
     1: {
         "plain": [],
         "blocks again in backward": ["parallel.recompute=block"],
         "bfloat16 in two micro-batches": ["precision=bfloat16", "micro_batches=2"],
-        "adafactor and an average": ["optim=adafactor", "average=ema"],
     },
     2: {
-        "copies of all": ["parallel.expert_axis=1"],
-        "experts cut": ["parallel.expert_axis=2", "micro_batches=2"],
-        "fsdp": ["parallel.expert_axis=1", FSDP],
+        "experts cut": [AXIS[2], "micro_batches=2"],
+        "zero 1": [*ZERO, "engine.zero_stage=1"],
     },
     4: {
-        "copies of all": ["parallel.expert_axis=1"],
-        "experts cut in two": ["parallel.expert_axis=2"],
-        "experts cut in four, bfloat16": ["parallel.expert_axis=4", "precision=bfloat16"],
-        "fsdp, axis 2": ["parallel.expert_axis=2", FSDP],
-        "fsdp, axis 2, blocks again in backward": ["parallel.expert_axis=2", FSDP, "parallel.recompute=block"],
-        "fsdp, axis 4, micro-batches": ["parallel.expert_axis=4", FSDP, "micro_batches=2", "parallel.reduce_each_micro=true"],
-        "hsdp": ["parallel.expert_axis=2", *HSDP],
-        "two stages": ["parallel.expert_axis=4", "parallel.exchange=two_stage", "parallel.node_size=2"],
+        "copies of all": [AXIS[1]],
+        "experts cut in four, bfloat16": [AXIS[4], "precision=bfloat16"],
+        "fsdp, axis 2, blocks again in backward": [AXIS[2], FSDP, "parallel.recompute=block"],
+        "fsdp, axis 4, micro-batches": [AXIS[4], FSDP, "micro_batches=2", "parallel.reduce_each_micro=true"],
     },
-}  # fmt: skip
-ZERO = {
-    f"zero {stage}": ["parallel.expert_axis=2", "engine=deepspeed", f"engine.zero_stage={stage}"] for stage in (0, 1, 2)
+}
+MORE: Cases = {
+    1: {"adafactor and an average": ["optim=adafactor", "average=ema"]},
+    2: {
+        "fsdp": [AXIS[1], FSDP],
+        "zero 0": [*ZERO, "engine.zero_stage=0"],
+        "zero 2, micro-batches": [*ZERO, "engine.zero_stage=2", "micro_batches=2"],
+    },
+    4: {
+        "experts cut in two": [AXIS[2]],
+        "fsdp, axis 2": [AXIS[2], FSDP],
+        "hsdp": [AXIS[2], *HSDP],
+        "two stages": [AXIS[4], "parallel.exchange=two_stage", "parallel.node_size=2"],
+    },
 }
 
 
@@ -90,36 +98,34 @@ def everything_on_a_rank(rank: int, world: int, cases: dict[str, list[str]]) -> 
     return {name: measured(rank, world, overrides) for name, overrides in cases.items()}
 
 
+def checked(cases: Cases) -> list[tuple[int, str]]:
+    return [(world, name) for world, of_world in cases.items() for name in of_world]
+
+
 @cache
-def ranks(world: int) -> list[dict[str, Any]]:
+def ranks(world: int, *, more: bool) -> list[dict[str, Any]]:
     """One start of the processes serves all tests of a world."""
-    return run_ranks(everything_on_a_rank, world, CASES[world])
+    return run_ranks(everything_on_a_rank, world, (MORE if more else CASES)[world])
 
 
-@cache
-def planned(world: int, overrides: tuple[str, ...]) -> Rehearsed:
-    return rehearse(config_of(list(overrides)), world, world)
-
-
-CHECKED = [(world, name) for world, cases in CASES.items() for name in cases]
-
-
-@pytest.mark.parametrize(("world", "name"), CHECKED)
-def test_a_plan_says_what_every_rank_holds_and_the_first_sends(world: int, name: str) -> None:
-    plan = planned(world, tuple(CASES[world][name]))
-    first, *others = (rank[name] for rank in ranks(world))
+def compare(overrides: list[str], name: str, ranks: list[dict[str, Any]]) -> None:
+    plan = rehearse(config_of(overrides), len(ranks), len(ranks))
+    first, *others = (rank[name] for rank in ranks)
     assert first[0] == plan.held
     assert all(mine <= planned for other in others for mine, planned in zip(other[0], plan.held, strict=True))
     assert first[2] == Counter(plan.collectives)
-    each_micro = "parallel.reduce_each_micro=true" in CASES[world][name]
-    assert plan.peak == pytest.approx(first[1], rel=0.1 if each_micro else 0.001)
-    print(f"{world} ranks, {name}: {plan.peak:,} planned, {first[1]:,} measured")
+    print(f"{len(ranks)} ranks, {name}: most at once {plan.peak:,} planned, {first[1]:,} measured")
+    if "engine=deepspeed" not in overrides:  # whose own buffers torch's tracker is not told of
+        each_micro = "parallel.reduce_each_micro=true" in overrides
+        assert plan.peak == pytest.approx(first[1], rel=0.1 if each_micro else 0.001)
+
+
+@pytest.mark.parametrize(("world", "name"), checked(CASES))
+def test_a_plan_says_what_every_rank_holds_and_the_first_sends(world: int, name: str) -> None:
+    compare(CASES[world][name], name, ranks(world, more=False))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ZERO)
-def test_a_plan_says_what_deepspeed_holds_and_sends(name: str) -> None:
-    plan = planned(2, tuple(ZERO[name]))
-    first, second = (rank[name] for rank in run_ranks(everything_on_a_rank, 2, {name: ZERO[name]}))
-    assert first[0] == second[0] == plan.held
-    assert first[2] == Counter(plan.collectives)
+@pytest.mark.parametrize(("world", "name"), checked(MORE))
+def test_a_plan_says_what_more_layouts_hold_and_send(world: int, name: str) -> None:
+    compare(MORE[world][name], name, ranks(world, more=True))
