@@ -56,13 +56,21 @@ def parallel_config(expert_axis: int | str, sharding: str = "replicated", **chan
 def build(
     rank: int, world: int, expert_axis: int, sharding: str, *, optim: OptimConfig = SGD,
     dtype: torch.dtype = torch.float32, loss: LossKind = "sigmoid", expert_init: str = "independent", perturbed: bool = True,
-    compiled: bool = False, num_experts: int = 8, expert_dropout: float = 0.0, average: AverageConfig | None = None, **layout: Any,
+    compiled: bool = False, num_experts: int = 8, expert_dropout: float = 0.0, router: str = "soft", group_images: int = 1,
+    average: AverageConfig | None = None, **layout: Any,
 ) -> TorchEngine:  # fmt: skip
     """The engine of one rank, in the perturbed state unless asked otherwise; `layout` changes ParallelConfig."""
     device = torch.device("cpu")
     parallel = parallel_config(expert_axis, sharding, **layout)
-    changes = {"expert_init": expert_init, "num_experts": num_experts, "expert_dropout": expert_dropout}
-    moe = model_config().moe.model_copy(update=changes)
+    moe = model_config().moe
+    changes = {
+        "expert_init": expert_init,
+        "num_experts": num_experts,
+        "expert_dropout": expert_dropout,
+        "router": router,
+    }
+    sparse = moe.sparse.model_copy(update={"group_images": group_images})
+    moe = moe.model_copy(update={**changes, "sparse": sparse})
     config = model_config(moe=moe)
     topology = Topology.build(parallel, num_experts=config.moe.num_experts, device=device, size=world, local_size=world)
     engine = build_torch_engine(

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "the layer again in backward": {"expert_axis": 4, "exchange_chunks": 2, "recompute": "moe"},
     "the block again in backward": {"expert_axis": 4, **TWO_STAGE, "recompute": "block"},
     "keys of dropout": {"expert_axis": 4, **TWO_STAGE, "exchange_chunks": 2, "recompute": "moe", "expert_dropout": 0.1},
+    "groups of two images": {"expert_axis": 4, "exchange_chunks": 2, "router": "tokens_choice", "group_images": 2},
     "no axis": {"expert_axis": 1},
 }
 ON_NODE = 2  # ranks 0 and 1 are one node, 2 and 3 another
@@ -105,9 +106,12 @@ def test_the_formula_says_what_the_collectives_of_a_step_were_given(name: str) -
     case = {"micro": 1, "dtype": torch.float32, **CASES[name]}
     micro, dtype, dropout = case.pop("micro"), case.pop("dtype"), case.pop("expert_dropout", 0.0)
     axis = case["expert_axis"]
+    sparse, group = case.pop("router", None), case.pop("group_images", 1)
+    # As many slots as tokens, of which an image has 16.
+    slots = group * 16 // EXPERTS if sparse else SLOTS
     said = exchange_traffic(
-        parallel_config(**case), axis=axis, on_node=min(ON_NODE, axis), images=IMAGES // 4, micro_batches=micro,
-        num_experts=EXPERTS, slots_per_expert=SLOTS, width=WIDTH, itemsize=dtype.itemsize, expert_dropout=dropout,
+        parallel_config(**case), axis=axis, on_node=min(ON_NODE, axis), images=IMAGES // 4 // group, micro_batches=micro,
+        num_experts=EXPERTS, slots_per_expert=slots, width=WIDTH, itemsize=dtype.itemsize, expert_dropout=dropout,
     )  # fmt: skip
     for rank in ranks():
         assert rank["counts"][name] == said
