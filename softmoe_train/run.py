@@ -302,7 +302,9 @@ def _description(config: RunConfig, engine: TorchEngine | DeepSpeedEngine, topol
     parameters = sum(p.numel() for p in engine.parameters.values())
     moe = config.model.moe
     layers = len(moe_blocks(moe.blocks, config.model.depth))
-    experts = f"{moe.num_experts} experts x {moe.slots_per_expert} slots in {layers} blocks" if layers else "no experts"
+    experts = (
+        f"{moe.num_experts} experts x {config.model.capacity} slots in {layers} blocks" if layers else "no experts"
+    )
     layout = f"expert axis {topology.ep.size()}, {config.parallel.sharding}"
     if isinstance(config.engine, DeepSpeedConfig):
         layout = f"expert axis {topology.ep.size()}, DeepSpeed ZeRO {config.engine.zero_stage}"

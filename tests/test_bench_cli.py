@@ -92,6 +92,25 @@ def test_step_tells_its_parts(tmp_path: Path) -> None:
     assert row["images_per_second"] == pytest.approx(16 / row["seconds"]["step"]["median"])
 
 
+def test_a_step_of_sparse_routers_is_measured_in_whole_groups(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    sparse = [
+        "model.moe.router=tokens_choice",
+        "model.moe.sparse.group_images=4",
+        "model.moe.sparse.capacity_factor=1.25",
+    ]
+    assert main(["bench", "step", "recipe=debug", "micro_batches=2", *sparse, *QUICK, f"out={out}"]) == 0
+    (row,) = read(out, "step")
+    T, D, H, E, S = 16, 32, 64, 4, 20  # 20 slots of each expert for 64 tokens
+    products = {
+        "patches": T * 48 * D, "attention": 2 * (T * D * 4 * D + 2 * T * T * D), "mlp": 2 * T * D * H, "gate": T * D * E,
+        "experts": 2 * E * S * D * H // 4, "head": D * 10,
+    }  # fmt: skip
+    assert row["flops_per_image"] == 2 * (3 * sum(products.values()) - products["patches"]), (
+        "rows that move are no products"
+    )
+
+
 def test_step_times_the_exchange_between_two_processes(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     more = ["parallel.sharding=fsdp", "micro_batches=2", "precision=bfloat16", "batch_size=8"]
@@ -155,6 +174,10 @@ def test_checkpoints_are_measured_beside_memory_and_disk_and_leave_nothing(tmp_p
         (["exchange", "recipe=debug", "processes=2", "compile=true"], ["compile=true: bench exchange runs no block"]),
         (["step", "recipe=debug", "batch_size=7", "processes=2", "rounds=x"], ["batch_size=7 does not divide into 2 ranks", "rounds='x'"]),
         (["checkpoint", "recipe=debug", "folder=/none", "rounds=0"], ["folder=/none is not a folder that we may write to", "rounds=0: "]),
+        (
+            ["infer", "recipe=debug", "model.moe.router=experts_choice", "model.moe.sparse.group_images=4", "images=4,6"],
+            ["images=6 with model.moe.sparse.group_images=4: batches are whole routing groups; use multiples of 4"],
+        ),
         (["exchange", "recipe=debug", "images=0"], ["no slot travels; use processes=2", "images.0=0: "]),
         (["exchange", "recipe=debug", "processes=2", "parallel.expert_axis=3"], ["parallel.expert_axis=3 does not divide"]),
     ],

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from softmoe_train.bench.exchange_clock import moe_layers
 from softmoe_train.bench.rounds import Side, Spread, Timings, measure, no_reset
-from softmoe_train.bench.settings import ExchangeSettings
+from softmoe_train.bench.settings import ExchangeSettings, Measuring, group_problems
 from softmoe_train.bench.table import Outcome, mebibytes, milliseconds, progress, ratio
 from softmoe_train.dist import World
 from softmoe_train.model.moe import SlotExchange
@@ -36,11 +36,11 @@ class ExchangeRow(NamedTuple):
     timings: Timings
 
 
-def exchange_problems(config: RunConfig, size: int) -> list[str]:
-    """Why nothing would travel."""
+def exchange_problems(own: Measuring | None, config: RunConfig, size: int) -> list[str]:
+    """Why nothing would travel, or parts of a routing group."""
     R = expert_axis(config.parallel, num_experts=config.model.num_experts, size=size)
     if R > 1:
-        return []
+        return group_problems(own, config.model.group_images)
     if not config.model.has_experts:
         return [
             "model has no experts (model.moe.blocks=[]), so there are no slots to exchange; choose one that has, as model=soft_s16_128e"
@@ -79,10 +79,10 @@ def _sent(config: RunConfig, topology: Topology, images: int, route: str) -> int
         config.parallel.model_copy(update={"recompute": "none", "exchange": route}),
         axis=R,
         on_node=topology.ep_stages[1].size() if topology.ep_stages else R,
-        images=images,
+        images=images // moe.group_images,
         micro_batches=1,
         num_experts=moe.num_experts,
-        slots_per_expert=moe.slots_per_expert,
+        slots_per_expert=config.model.capacity,
         width=config.model.width,
         itemsize=DTYPES[config.precision].itemsize,
         expert_dropout=0.0,  # slots alone are timed
@@ -104,7 +104,7 @@ def _sides(
     """Ours and the bare one, forward alone and with backward; and the bytes of the slots."""
     moe, dtype = config.model.moe, DTYPES[config.precision]
     wire = dtype if config.parallel.exchange_dtype is None else WIRE[config.parallel.exchange_dtype]
-    sizes = (images, moe.num_experts, moe.slots_per_expert, config.model.width)
+    sizes = (images // moe.group_images, moe.num_experts, config.model.capacity, config.model.width)
     slots = torch.randn(sizes, dtype=dtype, device=device, requires_grad=True)
     gradient = torch.randn_like(slots)
     sent, received = torch.randn(slots.numel(), device=device).to(wire), torch.empty(slots.numel(), dtype=wire, device=device)  # fmt: skip
@@ -136,7 +136,7 @@ def _outcome(rows: list[ExchangeRow], settings: ExchangeSettings, config: RunCon
     R = topology.ep.size()
     moe = config.model.moe
     return Outcome(
-        title=f"slot exchange over {R} expert ranks: {moe.num_experts} experts x {moe.slots_per_expert} slots, width "
+        title=f"slot exchange over {R} expert ranks: {moe.num_experts} experts x {config.model.capacity} slots, width "
         f"{config.model.width}, {config.precision}",
         columns=[
             "images a rank",

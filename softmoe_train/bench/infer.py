@@ -1,4 +1,4 @@
-"""This file owns `bench infer`: images per second of a Soft MoE transformer beside the dense one of the same size."""
+"""This file owns `bench infer`: images per second of a transformer with experts beside the dense one of the same size."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softmoe_train.bench.rounds import Side, Timings, measure, no_reset
-from softmoe_train.bench.settings import InferSettings
+from softmoe_train.bench.settings import InferSettings, Measuring, group_problems
 from softmoe_train.bench.table import Outcome, milliseconds, progress, ratio
 from softmoe_train.model.count import forward_flops
 from softmoe_train.model.init import initialize
@@ -14,7 +14,7 @@ from softmoe_train.model.records import ModelConfig, moe_blocks
 from softmoe_train.model.vit import ViT, build_model
 from softmoe_train.settings import RunConfig
 
-SOFT, DENSE = "soft", "dense"
+SOFT, DENSE = "soft", "dense"  # the sides: the model, whatever its router, and its twin
 
 
 class InferRow(NamedTuple):
@@ -24,9 +24,9 @@ class InferRow(NamedTuple):
     timings: Timings
 
 
-def infer_problems(config: RunConfig) -> list[str]:
+def infer_problems(own: Measuring | None, config: RunConfig) -> list[str]:
     """Why there is nothing to compare, or nowhere."""
-    problems = []
+    problems = group_problems(own, config.model.group_images)
     if not moe_blocks(config.model.moe.blocks, config.model.depth):
         problems.append(
             "model has no experts (model.moe.blocks=[]), so it is the dense one; choose one that has, as model=soft_s16_128e"
@@ -87,13 +87,20 @@ def _outcome(
     blocks = len(moe_blocks(moe.blocks, config.depth))
     name = str(dtype).removeprefix("torch.")
     return Outcome(
-        title=f"inference, {name}: {moe.num_experts} experts x {moe.slots_per_expert} slots in {blocks} of {config.depth} blocks, "
+        title=f"inference, {name}: {moe.num_experts} experts x {config.capacity} slots in {blocks} of {config.depth} blocks, "
         f"beside the dense model of width {config.width} (both {config.num_tokens} tokens)",
-        columns=["images", "soft ms", "dense ms", "soft images/s", "dense images/s", "soft / dense speed"],
+        columns=[
+            "images",
+            f"{moe.router} ms",
+            "dense ms",
+            f"{moe.router} images/s",
+            "dense images/s",
+            f"{moe.router} / dense speed",
+        ],
         cells=[_cells(row) for row in rows],
         notes=[
             f"median (quartiles) of {rounds} interleaved rounds, forward only",
-            f"soft {parameters[SOFT]:,} parameters, {flops[SOFT] / 1e9:.2f} GFLOP an image; dense {parameters[DENSE]:,}, "
+            f"{moe.router} {parameters[SOFT]:,} parameters, {flops[SOFT] / 1e9:.2f} GFLOP an image; dense {parameters[DENSE]:,}, "
             f"{flops[DENSE] / 1e9:.2f}",
         ],
         rows=[

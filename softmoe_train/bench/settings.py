@@ -116,6 +116,18 @@ class CheckpointSettings(Measuring):
         return folder
 
 
+def group_problems(own: Measuring | None, group_images: int) -> list[str]:
+    """Why batches of so many images would not be whole routing groups."""
+    images = own.images if isinstance(own, InferSettings | ExchangeSettings) else []
+    odd = [str(number) for number in images if number % group_images]
+    if not odd:
+        return []
+    return [
+        f"images={','.join(odd)} with model.moe.sparse.group_images={group_images}: batches are whole routing groups; use multiples of "
+        f"{group_images}"
+    ]
+
+
 def _case(text: str) -> tuple[int, int] | None:
     experts, times, slots = text.partition("x")
     if not times or not experts.isdecimal() or not slots.isdecimal() or not int(experts) or not int(slots):

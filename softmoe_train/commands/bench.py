@@ -134,11 +134,11 @@ def _problems(what: str, own: Measuring | None, config: RunConfig, size: int, lo
     """What is wrong with a run's settings for this measurement, which writes nothing into a run folder."""
     match what:
         case "infer":
-            return infer_problems(config) + _launcher_problems(what)
+            return infer_problems(own, config) + _launcher_problems(what)
         case "step":
             return compute_problems(config, size, local_size) + step_problems(own, config, size)
         case "exchange":
-            return compute_problems(config, size, local_size) or exchange_problems(config, size)
+            return compute_problems(config, size, local_size) or exchange_problems(own, config, size)
         case "checkpoint":
             return compute_problems(config, size, local_size) + checkpoint_problems()
     raise AssertionError(what)

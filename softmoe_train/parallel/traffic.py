@@ -40,6 +40,8 @@ def exchange_traffic(
 ) -> ExchangeTraffic:
     """The bytes of a layer, from B = `images` in `micro_batches` and slots of `itemsize` bytes.
 
+    Where a routing group has several images, B counts groups, and S is the capacity of an expert for one.
+
     `axis` is R and `on_node` is I, which divides it (`layout.node_size`). `itemsize` is that of the activations;
     parallel.exchange_dtype=bfloat16 makes it 2.
 

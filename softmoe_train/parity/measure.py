@@ -70,39 +70,15 @@ def tolerances(precision: str, optim: OptimConfig, *, narrow: bool = False) -> T
     state = 2e-3 if optim.kind == "adafactor" else 1e-4
     if precision == "float32" and narrow:
         return Tolerances(
-            logits=1e-4,
-            loss=1e-5,
-            gradients=2e-3,
-            norm=1e-3,
-            weights=2e-3,
-            state=4e-3,
-            routing=1e-5,
-            decisions=2e-2,
-            share=1e-2,
-        )
+            logits=1e-4, loss=1e-5, gradients=2e-3, norm=1e-3, weights=2e-3, state=4e-3, routing=1e-5, decisions=2e-2, share=1e-2
+        )  # fmt: skip
     if precision == "float32":
         return Tolerances(
-            logits=1e-5,
-            loss=1e-6,
-            gradients=5e-5,
-            norm=5e-5,
-            weights=1e-4,
-            state=state,
-            routing=1e-5,
-            decisions=1e-4,
-            share=1e-3,
-        )
+            logits=1e-5, loss=1e-6, gradients=5e-5, norm=5e-5, weights=1e-4, state=state, routing=1e-5, decisions=1e-4, share=1e-3
+        )  # fmt: skip
     return Tolerances(
-        logits=1e-2,
-        loss=3e-3,
-        gradients=4e-2,
-        norm=5e-3,
-        weights=2e-2,
-        state=4e-2,
-        routing=1e-5,
-        decisions=1e-1,
-        share=1e-2,
-    )
+        logits=1e-2, loss=3e-3, gradients=4e-2, norm=5e-3, weights=2e-2, state=4e-2, routing=1e-5, decisions=1e-1, share=1e-2
+    )  # fmt: skip
 
 
 def size_of(tensors: Iterable[Tensor]) -> float:

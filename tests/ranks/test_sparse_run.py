@@ -1,6 +1,8 @@
 """Runs with sparse routers: noise goes on after a resume, and groups and measures are those of any layout."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from softmoe_train.config import compose
 from softmoe_train.dist import World
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
-from tests.runs import metrics, same_bits, softmoe, stored
+from tests.runs import ROOT, metrics, same_bits, softmoe, stored
 
 # Noise, priority and losses are on, tokens are dropped; the last group of 30 held-out images is half padding.
 SHORT = [
@@ -71,3 +73,13 @@ def test_two_ranks_go_on_with_the_same_groups_noise_and_measures(runs: dict[str,
         want, got = metrics(runs["whole"], name), metrics(moved, name)
         assert want.keys() == got.keys()
         assert max(abs(want[step] - got[step]) for step in want) < 1e-5, name
+
+
+def test_the_readme_s_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "README.md").read_text().split("## Sparse baselines")[1].split("\n## ")[0]
+    monkeypatch.chdir(tmp_path)
+    for line in re.findall(r"^    softmoe train (.*)$", section, flags=re.MULTILINE):
+        overrides = [*shlex.split(line), "observe.wandb.mode=disabled", "observe.progress=plain"]
+        config = compose(RunConfig, overrides, lambda c: check(c, 1, 1))
+        assert train(config, World(0, 1, 0, 1)) == "complete"
+        assert metrics(tmp_path / config.run_dir, "router/1/dropped_tokens").keys() == {5, 10, 15, 20}

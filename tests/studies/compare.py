@@ -1,6 +1,6 @@
 """Dense ViT, both sparse routers, Soft MoE and its ablations at matched FLOPs on CIFAR-10 shards: one table, one picture.
 
-A program: `python -m tests.studies.compare data=FOLDER out=FOLDER [seeds=3] [jobs=2] [override ...]`. The folder `data` holds cifar10-train-*.tar
+A program: `python -m tests.studies.compare data=FOLDER out=FOLDER [seeds=3] [jobs=2] [variants=Uniform,Identity] [override ...]`. The folder `data` holds cifar10-train-*.tar
 and cifar10-test-*.tar. Each run is `softmoe train recipe=compare` with one thread, `jobs` at a time, in a folder of its own under `out`; a run that is complete
 is not repeated, one that was interrupted goes on. Into `out` go compare.md, compare.png and compare.json. Overrides go to every run.
 """
@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from softmoe_train.config import compose
-from softmoe_train.model.count import model_flops
+from softmoe_train.model.count import forward_flops
 from softmoe_train.observe.console import start_bar
 from softmoe_train.settings import RunConfig, check
 
@@ -113,15 +113,17 @@ def train_all(runs: list[Run], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool, start_bar(sys.stdout) as bar:
         task = bar.add_task("", total=total, facts="steps")
         begun = {pool.submit(train, run): run for run in left}
-        for done in _as_they_end(begun):
-            steps = sum(int(lines[-1]["step"]) for run in runs if (lines := run.lines()))
-            bar.update(task, completed=steps, facts=f"steps, {sum(run.complete for run in runs)} of {len(runs)} runs")
-            bar.refresh()
-            for future in done:
-                if future.exception() is not None:
-                    pool.shutdown(cancel_futures=True)
+        try:
+            for done in _as_they_end(begun):
+                steps = sum(int(lines[-1]["step"]) for run in runs if (lines := run.lines()))
+                complete = sum(run.complete for run in runs)
+                bar.update(task, completed=steps, facts=f"steps, {complete} of {len(runs)} runs")
+                bar.refresh()
+                for future in done:
                     future.result()
-                say(told(begun[future]))
+                    say(told(begun[future]))
+        finally:  # after a failure or Ctrl-C those that run end by themselves, no other begins
+            pool.shutdown(cancel_futures=True)
 
 
 def _as_they_end(futures: dict[Future[None], Run]) -> Iterator[set[Future[None]]]:
@@ -162,7 +164,7 @@ def row_of(variant: str, runs: list[Run]) -> Row:
     }
     return Row(
         variant=variant,
-        gflop=model_flops(runs[0].config.model).forward / 1e9,
+        gflop=forward_flops(runs[0].config.model) / 1e9,
         top1=[[x["upstream/test/top1"] for x in run.lines() if "upstream/test/top1" in x][-1] for run in runs],
         train_loss=[run.late("train/loss") or 0.0 for run in runs],
         dropped=fmean(heard["dropped_tokens"]) if heard["dropped_tokens"] else None,
@@ -182,7 +184,11 @@ def table(rows: list[Row]) -> str:
             share(row.dropped), share(row.empty), f"{row.images_per_second:,.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    seeds = f"Means over {len(rows[0].top1)} seeds, in brackets the lowest and the highest. "
+    late = f"Training loss, dropped tokens and empty slots are means over the last {100 * LATE:.0f} % of training; "
+    return "\n".join(
+        [*lines, "", seeds + late + "a dash is where nothing can be dropped or empty; images/s of one thread."]
+    )
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -191,7 +197,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def share(value: float | None) -> str:
-    """In percent; a dash where nothing can be dropped or empty."""
+    """In percent."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
@@ -237,18 +243,23 @@ def study(out: Path, variants: Collection[str], seeds: int, jobs: int, overrides
 
 def main(words: list[str]) -> int:
     """The study as a program."""
-    options: dict[str, Any] = {"data": "", "out": "", "seeds": "3", "jobs": "2"}
+    options = {"data": "", "out": "", "seeds": "3", "jobs": "2", "variants": ",".join(VARIANTS)}
     given = dict(word.split("=", 1) for word in words)
     options |= {key: given.pop(key) for key in options if key in given}
     if not options["data"] or not options["out"]:
-        say("data=FOLDER (with cifar10-train-*.tar and cifar10-test-*.tar) and out=FOLDER are needed")
+        say(
+            "data=FOLDER (with cifar10-train-*.tar and cifar10-test-*.tar, or data=synthetic) and out=FOLDER are needed"
+        )
         return 2
     shards = [f"data.{part}={options['data']}/cifar10-{part}-*.tar" for part in ("train", "test")]
-    out = Path(options["out"])
+    overrides = ["data=synthetic"] if options["data"] == "synthetic" else shards
+    overrides += [f"{key}={value}" for key, value in given.items()]
+    out, variants = Path(options["out"]), options["variants"].split(",")
+    if unknown := set(variants) - set(VARIANTS):
+        say(f"variants={options['variants']}: there is no {', '.join(unknown)}; use some of {','.join(VARIANTS)}")
+        return 2
     try:
-        rows = study(
-            out, int(options["seeds"]), int(options["jobs"]), [*shards, *(f"{k}={v}" for k, v in given.items())]
-        )
+        rows = study(out, variants, int(options["seeds"]), int(options["jobs"]), overrides)
     except (RuntimeError, ValueError) as error:
         say(str(error))
         return 1

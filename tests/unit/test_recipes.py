@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from softmoe_train.dist import World
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
-from tests.runs import same_bits, stored
+from tests.runs import same_bits, softmoe, stored
 
 FOLDER = config_folder() / "recipe"
 HEADERS = {
@@ -57,14 +58,29 @@ def test_every_recipe_has_a_command_and_says_what_it_is() -> None:
             assert "never by us" in said["Reached"], name
 
 
+LAPTOP = ["shrink=laptop", "data=synthetic"]
+QUIET = ["observe.wandb.mode=disabled", "observe.progress=off"]
+OTHER_ROUTERS = ["ablations model.moe.router=identity", "placement model.moe.router=experts_choice"]
+
+
+@pytest.mark.parametrize("words", [*HEADERS, *OTHER_ROUTERS])
+def test_every_recipe_shrinks_and_needs_no_shards_then(words: str, tmp_path: Path) -> None:
+    name = words.split()[0]
+    overrides = [f"recipe={words}", *LAPTOP, *QUIET, f"run_dir={tmp_path}", "data.num_test=16"]
+    small = compose(RunConfig, " ".join(overrides).split(), lambda c: [*check(c, 1, 1), *check(c, 2, 2)])
+    assert (small.name, small.steps) == (name, 40)
+    # Two of the 40 steps; all of them: pytest -m full tests/unit/test_recipes.py.
+    assert train(small.model_copy(update={"stop_after": 2}), World(0, 1, 0, 1)) == "stopped"
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", HEADERS)
-def test_every_recipe_shrinks_and_needs_no_shards_then(name: str) -> None:
-    words = [f"recipe={name}", "shrink=laptop", "data=synthetic"]
-    small = compose(RunConfig, words, lambda config: check(config, 1, 1))
-    compose(RunConfig, words, lambda config: check(config, 2, 2))
-    assert small.name == name
-    assert small.steps <= 100
-    assert small.model.width <= 64
+def test_a_shrunk_recipe_is_done_in_a_minute(name: str, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = softmoe(f"recipe={name}", *LAPTOP, folder=tmp_path)
+    print(f"| {name} | {time.monotonic() - begin:.0f} s |")
+    assert "complete at step 40 of 40" in done.stdout
+    assert time.monotonic() - begin < 60
 
 
 def of_recipe(*overrides: str) -> RunConfig:
@@ -153,8 +169,15 @@ def test_a_cooldown_from_a_kept_checkpoint_is_the_run_that_was_planned_so_short(
             "schedule.timescale=2",
             "checkpoint.every=3",
         ]
-        quiet = ["observe.wandb.mode=disabled", "observe.progress=off", "evals.upstream.every=0"]
-        overrides = ["recipe=debug", f"run_dir={tmp_path / name}", f"steps={steps}", *own, *quiet, *words]
+        overrides = [
+            "recipe=debug",
+            f"run_dir={tmp_path / name}",
+            f"steps={steps}",
+            *own,
+            *QUIET,
+            "evals.upstream.every=0",
+            *words,
+        ]
         train(compose(RunConfig, overrides, lambda config: check(config, 1, 1)), World(0, 1, 0, 1))
         return tmp_path / name
 

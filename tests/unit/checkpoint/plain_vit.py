@@ -4,6 +4,7 @@ A program: `python plain_vit.py WEIGHTS IMAGES LOGITS`, all safetensors; softmoe
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -78,6 +79,37 @@ def soft_moe(x: Tensor, w: Weights, name: str, moe: dict) -> Tensor:
     return torch.stack(outputs)
 
 
+def sparse_moe(x: Tensor, w: Weights, name: str, moe: dict) -> Tensor:
+    """One group of consecutive images and one expert at a time; there is no noise outside of training."""
+    outputs = []
+    for images in x.split(moe["sparse"]["group_images"]):
+        tokens = images.flatten(0, 1)
+        gates = (tokens @ w[f"{name}.router.gate"]).softmax(1)
+        y = torch.zeros_like(tokens)
+        for e, served in enumerate(seating(gates, moe)):
+            y[served] += gates[served, e, None] * expert(tokens[served], w, f"{name}.experts", e)
+        outputs.append(y.view_as(images))
+    return torch.cat(outputs)
+
+
+def seating(gates: Tensor, moe: dict) -> list[list[int]]:
+    """The tokens that each expert serves."""
+    (T, E), choice = gates.shape, moe["tokens_choice"]
+    K = choice["top_k"] if moe["router"] == "tokens_choice" else 1
+    share = T * K * moe["sparse"]["capacity_factor"] / E
+    S = round(share) if moe["sparse"]["capacity_rounding"] == "nearest" else 4 * math.ceil(share / 4)
+    if moe["router"] == "experts_choice":
+        return [gates[:, e].argsort(descending=True, stable=True)[:S].tolist() for e in range(E)]
+    seats: list[list[int]] = [[] for _ in range(E)]
+    wishes = gates.argsort(dim=1, descending=True, stable=True).tolist()
+    first = gates.amax(1).argsort(descending=True, stable=True).tolist() if choice["batch_priority"] else range(T)
+    for k in range(K):
+        for token in first:
+            if len(seats[wishes[token][k]]) < S:
+                seats[wishes[token][k]].append(token)
+    return seats
+
+
 def logits_of(images: Tensor, w: Weights, model: dict) -> Tensor:
     """Class logits of RGB bytes, B x 3 x size x size."""
     P = model["patch_size"]
@@ -89,7 +121,8 @@ def logits_of(images: Tensor, w: Weights, model: dict) -> Tensor:
         x = x + attention(norm(x, w, f"{block}.norm1"), w, f"{block}.attn", model["num_heads"])
         inner = norm(x, w, f"{block}.norm2")
         if f"{block}.moe.experts.w1" in w:
-            x = x + soft_moe(inner, w, f"{block}.moe", model["moe"])
+            layer = sparse_moe if f"{block}.moe.router.gate" in w else soft_moe
+            x = x + layer(inner, w, f"{block}.moe", model["moe"])
         else:
             x = x + linear(gelu(linear(inner, w, f"{block}.mlp.fc1")), w, f"{block}.mlp.fc2")
     return linear(norm(x, w, "norm").mean(1), w, "head")

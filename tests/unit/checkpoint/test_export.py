@@ -90,10 +90,16 @@ def test_plain_pytorch_computes_the_logits_of_the_run_s_model(
     [
         {"soft": {"combine": "separate", "normalize": False}, "expert": "gated_mlp"},
         {"router": "identity", "num_experts": 8, "slots_per_expert": 2},
+        {
+            "router": "tokens_choice",
+            "tokens_choice": {"top_k": 2},
+            "sparse": {"group_images": 4, "capacity_factor": 0.5},
+        },
+        {"router": "experts_choice", "sparse": {"group_images": 2}, "expert": "gated_mlp"},
     ],
     ids=str,
 )
-def test_plain_pytorch_computes_the_logits_of_ablations(tmp_path: Path, moe: dict[str, Any]) -> None:
+def test_plain_pytorch_computes_the_logits_of_ablations_and_sparse_routers(tmp_path: Path, moe: dict[str, Any]) -> None:
     config = model_config(moe=moe_config(**{"blocks": "last 2", "num_experts": 4, "slots_per_expert": 3, **moe}))
     model = model_of(0, config)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
@@ -124,7 +130,8 @@ def test_the_file_holds_float32_weights_by_their_names_and_says_what_they_are(
 def test_every_parameter_of_the_model_is_documented_by_name() -> None:
     words = " ".join(export.NAMES) + " ".join(export.NAMES.values())
     ablated = moe_config(blocks="last 1", soft={"combine": "separate"}, expert="gated_mlp")
-    configs = (model_config(), model_config(moe=ablated))
+    sparse = moe_config(blocks="last 1", router="tokens_choice")
+    configs = (model_config(), model_config(moe=ablated), model_config(moe=sparse))
     for name in [name for config in configs for name in build_model(config, torch.float32).state_dict()]:
         last = [part for part in name.split(".") if part not in ("weight", "bias", "blocks") and not part.isdecimal()]
         assert all(part in words for part in last), name

@@ -49,8 +49,14 @@ def test_gradients_of_the_layer_are_right(layer: MoE) -> None:
 
 
 def test_an_image_does_not_depend_on_the_rest_of_the_batch(layer: MoE) -> None:
-    x = torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer(x)[0][2:3], layer(x[2:3])[0])
+    """Neither what becomes of it nor its gradient; of the sparse routers tests/unit/model/test_sparse.py shows the contrary."""
+    x = torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = layer(x)[0]
+    torch.testing.assert_close(y[2:3], layer(x[2:3])[0])
+    (together,) = torch.autograd.grad(y[2].square().sum(), x, retain_graph=True)
+    (alone,) = torch.autograd.grad(layer(x[2:3])[0].square().sum(), x)
+    assert (together[[0, 1, 3]] == 0).all()
+    torch.testing.assert_close(together, alone)
 
 
 def test_a_non_contiguous_input_changes_nothing(layer: MoE) -> None:
