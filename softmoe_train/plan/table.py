@@ -142,7 +142,7 @@ def _notes(plan: Plan) -> list[str]:
             "engine.offload_optimizer=true: planned without; the optimizer then lies in host memory, and so does ZeRO's part of gradients"
         )
     if config.compile:
-        notes.append("compile=true: planned as it runs without; compiled blocks keep about as much")
+        notes.append("compile=true: planned as it runs without")
     if config.precision == "bfloat16" and not CPU_MULTIPLIES_BF16:
         notes.append(
             "this processor has no bfloat16 products and makes them in float32: a GPU needs a little less at once"
