@@ -23,5 +23,5 @@ def recompute(model: ViT, what: Literal["none", "block", "moe"]) -> None:
         case "moe":
             chosen = [m for m in model.modules() if isinstance(m, MoE)]
     for module in chosen:
-        # Nothing in a layer is random, so there is no generator state to keep.
+        # What is random in a layer is derived from keys, so there is no generator state to keep.
         module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)

@@ -65,6 +65,9 @@ def test_what_is_dropped_or_empty_is_reported(runs: dict[str, Any]) -> None:
     assert "router/1/dropped_tokens" in json.loads((runs["whole"] / "summary.json").read_text())["metrics"]
 
 
+@pytest.mark.parametrize(
+    "runs", ["tokens_choice", pytest.param("experts_choice", marks=pytest.mark.full)], indirect=True
+)
 def test_two_ranks_go_on_with_the_same_groups_noise_and_measures(runs: dict[str, Any], tmp_path: Path) -> None:
     moved = Path(shutil.copytree(runs["cut"], tmp_path / "moved"))
     more = ["processes=2", "micro_batches=2", "parallel.sharding=fsdp", f"run_dir={moved}"]
