@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from softmoe_train.model.keyed import dropout
+from softmoe_train.model.keyed import dropout, keys_at
 from softmoe_train.model.products import differentiate_once, product_dtype
+
+OUTPUTS = "outputs"  # the place whose keys drop outputs; those of hidden values are a row's own
 
 
 class Dropout(NamedTuple):
-    """Which of a row's hidden values are dropped: by the row's key, the same ones on every layout and in recompute."""
+    """Which of a row's values are dropped, hidden and out: by the row's key, the same ones on every layout and in recompute."""
 
     keys: Int64[Tensor, "e N"]
     rate: float
@@ -34,7 +36,8 @@ def expert_mlp(
 
     With a gate, weight and bias, the GELU is of a second hidden layer and the first is multiplied by it:
     (gelu(x wg + bg) (x w1 + b1)) w2 + b2. Keeps for backward the rows and both sides of the GELU (of a gated one, both hidden layers
-    and their product: as much, H being two thirds), and no cast of the weights; what is dropped is derived again.
+    and their product: as much, H being two thirds), and no cast of the weights; which hidden values are dropped is derived again. Dropout is that of V-MoE's
+    MLP block: of the hidden values, and of the outputs.
     """
     drop = dropped or (None, 0.0)
     if gate is None:
@@ -42,7 +45,7 @@ def expert_mlp(
     else:
         outputs = _GatedMlp.apply(x, w1, b1, *gate, w2, b2, *drop)
     assert isinstance(outputs, Tensor)
-    return outputs
+    return outputs if dropped is None else dropout(outputs, keys_at(dropped.keys, OUTPUTS), dropped.rate)
 
 
 def gated_hidden(width: int, hidden: int) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmoe_train.model.expert_mlp import OUTPUTS
 from softmoe_train.model.keyed import dropout, keys_at, keys_within
 from softmoe_train.model.moe import MoE
 from softmoe_train.model.records import MoEConfig, SoftConfig
@@ -58,10 +59,11 @@ def _plain_experts(config: MoEConfig, w: Mapping[str, Tensor], slots: Tensor, ke
         hidden = F.gelu(linear(slots, "wg", "bg"), approximate="tanh") * hidden
     else:
         hidden = F.gelu(hidden, approximate="tanh")
-    if config.expert_dropout and keys is not None:
-        of_experts = keys_within(keys_at(keys, "expert dropout"), (slots.shape[1],))
-        hidden = dropout(hidden, keys_within(of_experts, (slots.shape[2],)), config.expert_dropout)
-    return linear(hidden, "w2", "b2")
+    if not config.expert_dropout or keys is None:
+        return linear(hidden, "w2", "b2")
+    of_slots = keys_within(keys_within(keys_at(keys, "expert dropout"), (slots.shape[1],)), (slots.shape[2],))
+    outputs = linear(dropout(hidden, of_slots, config.expert_dropout), "w2", "b2")
+    return dropout(outputs, keys_at(of_slots, OUTPUTS), config.expert_dropout)
 
 
 def plain_weights(config: MoEConfig, router: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

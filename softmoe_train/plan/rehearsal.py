@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from softmoe_train.data import Batch, Cursor
 from softmoe_train.dist import local_values
+from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, forget_groups
 from softmoe_train.engine.deepspeed_state import PartitionedState
 from softmoe_train.engine.torch_engine import TorchEngine
@@ -23,7 +24,7 @@ from softmoe_train.model.vit import ViT
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.plan.tally import Collective, Tally
 from softmoe_train.run import build_engine
-from softmoe_train.settings import RunConfig
+from softmoe_train.settings import RunConfig, TorchEngineConfig
 
 CPU = torch.device("cpu")
 
@@ -53,8 +54,8 @@ class Rehearsed(NamedTuple):
 
 
 def rehearse(config: RunConfig, size: int, ranks_per_host: int) -> Rehearsed:
-    """Build the engine of a legal run on `size` ranks and take one step; config.compile and config.device change nothing here."""
-    config = config.model_copy(update={"compile": False, "device": "cpu"})
+    """Build the engine of a legal run on `size` ranks and take one step; not compiled, and with its optimizer on the device."""
+    config = config.model_copy(update={"compile": False, "engine": _without_offload(config.engine)})
     with _fake_world(size), ExitStack() as stack:
         topology = Topology.build(
             config.parallel,
@@ -112,6 +113,11 @@ def _step(engine: TorchEngine | DeepSpeedEngine, config: RunConfig, size: int, t
     collectives, peak = list(tally.collectives), tally.peak
     checkpoint = sum(tensor.numel() * tensor.dtype.itemsize for tensor in engine.state_dict().values())
     return Rehearsed(holds, max(kept), peak, collectives, checkpoint)
+
+
+def _without_offload(engine: TorchEngineConfig | DeepSpeedConfig) -> TorchEngineConfig | DeepSpeedConfig:
+    # DeepSpeed's offload looks at the values of gradients, and there are none.
+    return engine.model_copy(update={"offload_optimizer": False}) if isinstance(engine, DeepSpeedConfig) else engine
 
 
 def _batch(config: RunConfig, images: int) -> Batch:

@@ -126,6 +126,7 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(
             f"exchange of one layer and step: {data(given)} given, {data(off_rank)} leave the rank, {data(off_host)} the host"
         )
+    notes += [f"expert axis {cost.axis}: {cost.problem}" for cost in plan.axes if cost.problem is not None]
     size = plan.rehearsed.checkpoint
     notes.append(f"checkpoint: {data(size)}, {data(size / plan.size)} a rank on the mean")
     steps = epoch.steps(config.batch_size)
@@ -138,10 +139,10 @@ def _notes(plan: Plan) -> list[str]:
         )
     if not isinstance(config.engine, TorchEngineConfig) and config.engine.offload_optimizer:
         notes.append(
-            "engine.offload_optimizer: the optimizer lies in host memory, and 'most at once' is of both together"
+            "engine.offload_optimizer=true: planned without; the optimizer then lies in host memory, and so does ZeRO's part of gradients"
         )
     if config.compile:
-        notes.append("compile=true: planned as it runs without; compiled blocks keep about as much")
+        notes.append("compile=true: planned as it runs without")
     if config.precision == "bfloat16" and not CPU_MULTIPLIES_BF16:
         notes.append(
             "this processor has no bfloat16 products and makes them in float32: a GPU needs a little less at once"

@@ -1,11 +1,11 @@
-"""A plan against what real ranks hold and send: bytes exactly, the most at once within a tenth.
+"""A plan against what real ranks hold and send: bytes exactly, the most at once within a thousandth.
 
-It is within a thousandth, but for sums after every micro-batch: there the moment at which a gradient goes is not the plan's.
+Under DeepSpeed, whose own buffers torch's tracker is not told of, and for sums after every micro-batch it is within 5 %.
 """
 
 from collections import Counter
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from softmoe_train.config import compose
 from softmoe_train.data import build_stream
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine
 from softmoe_train.parallel.topology import Topology
-from softmoe_train.plan.rehearsal import held, rehearse
+from softmoe_train.plan.rehearsal import Held, held, rehearse
 from softmoe_train.plan.tally import Tally
 from softmoe_train.run import build_engine
 from softmoe_train.settings import RunConfig
@@ -52,6 +52,7 @@ MORE: Cases = {
     2: {
         "fsdp": [AXIS[1], FSDP],
         "zero 0": [*ZERO, "engine.zero_stage=0"],
+        "tokens choice in groups": [AXIS[2], "model.moe.router=tokens_choice", "model.moe.sparse.group_images=2"],
         "zero 2, micro-batches": [*ZERO, "engine.zero_stage=2", "micro_batches=2"],
     },
     4: {
@@ -67,8 +68,16 @@ def config_of(overrides: list[str]) -> RunConfig:
     return compose(RunConfig, [*MODEL, *overrides], lambda _: [])
 
 
-def measured(rank: int, world: int, overrides: list[str]) -> tuple[Any, int, Counter]:
-    """Of the first step of a real engine: what it holds, the most at once by torch's own tracker, and its collectives."""
+class Measured(NamedTuple):
+    """Of the first step of a real engine; bytes as torch's own tracker counts them."""
+
+    held: Held
+    activations: int
+    peak: int
+    collectives: Counter
+
+
+def measured(rank: int, world: int, overrides: list[str]) -> Measured:
     config, device = config_of(overrides), torch.device("cpu")
     experts = config.model.num_experts
     topology = Topology.build(config.parallel, num_experts=experts, device=device, size=world, local_size=world)
@@ -83,6 +92,9 @@ def measured(rank: int, world: int, overrides: list[str]) -> tuple[Any, int, Cou
     optimizer = engine.wrapped.basic_optimizer if zero else engine.optimizer
     averages = [] if engine.average is None else list(engine.average.values.values())
     tracker.track_external(engine.module, optimizer, [batch.images, batch.labels, *averages])
+    before, kept = [0], [0]
+    engine.module.register_forward_pre_hook(lambda *_: before.append(alive(tracker, "current")))
+    engine.module.register_forward_hook(lambda *_: kept.append(alive(tracker, "current") - before[-1]))
     with tracker, tally:
         parts = batch.split(config.micro_batches)
         for part in parts:
@@ -90,11 +102,14 @@ def measured(rank: int, world: int, overrides: list[str]) -> tuple[Any, int, Cou
             tracker.reset_mod_stats()
         holds = held(engine)
         engine.update(0.0)
-    peak = tracker.get_tracker_snapshot("peak")[device]["Total"]
-    return holds, peak, Counter(tally.collectives)
+    return Measured(holds, max(kept), alive(tracker, "peak"), Counter(tally.collectives))
 
 
-def everything_on_a_rank(rank: int, world: int, cases: dict[str, list[str]]) -> dict[str, Any]:
+def alive(tracker: MemTracker, when: str) -> int:
+    return tracker.get_tracker_snapshot(when)[torch.device("cpu")]["Total"]
+
+
+def everything_on_a_rank(rank: int, world: int, cases: dict[str, list[str]]) -> dict[str, Measured]:
     return {name: measured(rank, world, overrides) for name, overrides in cases.items()}
 
 
@@ -103,21 +118,21 @@ def checked(cases: Cases) -> list[tuple[int, str]]:
 
 
 @cache
-def ranks(world: int, *, more: bool) -> list[dict[str, Any]]:
+def ranks(world: int, *, more: bool) -> list[dict[str, Measured]]:
     """One start of the processes serves all tests of a world."""
     return run_ranks(everything_on_a_rank, world, (MORE if more else CASES)[world])
 
 
-def compare(overrides: list[str], name: str, ranks: list[dict[str, Any]]) -> None:
+def compare(overrides: list[str], name: str, ranks: list[dict[str, Measured]]) -> None:
     plan = rehearse(config_of(overrides), len(ranks), len(ranks))
     first, *others = (rank[name] for rank in ranks)
-    assert first[0] == plan.held
-    assert all(mine <= planned for other in others for mine, planned in zip(other[0], plan.held, strict=True))
-    assert first[2] == Counter(plan.collectives)
-    print(f"{len(ranks)} ranks, {name}: most at once {plan.peak:,} planned, {first[1]:,} measured")
-    if "engine=deepspeed" not in overrides:  # whose own buffers torch's tracker is not told of
-        each_micro = "parallel.reduce_each_micro=true" in overrides
-        assert plan.peak == pytest.approx(first[1], rel=0.1 if each_micro else 0.001)
+    assert first.held == plan.held
+    assert all(mine <= planned for other in others for mine, planned in zip(other.held, plan.held, strict=True))
+    assert first.collectives == Counter(plan.collectives)
+    assert plan.activations == pytest.approx(first.activations, rel=0.001)
+    print(f"{len(ranks)} ranks, {name}: most at once {plan.peak:,} planned, {first.peak:,} measured")
+    loose = "engine=deepspeed" in overrides or "parallel.reduce_each_micro=true" in overrides
+    assert plan.peak == pytest.approx(first.peak, rel=0.05 if loose else 0.001)
 
 
 @pytest.mark.parametrize(("world", "name"), checked(CASES))

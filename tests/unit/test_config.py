@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, load_yaml, parse, save_yaml
+from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, expand_sweep, load_yaml, parse, save_yaml
 from softmoe_train.parallel.layout import ParallelConfig
 from softmoe_train.settings import RunConfig, changed_settings, check, compute_problems
 
@@ -248,3 +248,18 @@ def test_a_run_that_may_go_back_keeps_a_checkpoint_to_go_back_to() -> None:
 def test_what_is_done_about_bad_steps_may_change_under_a_run() -> None:
     stops, goes_on = (compose_alone("recipe=debug", *more).as_saved() for more in ([], ["bad_steps.then=rollback"]))
     assert changed_settings(stops, goes_on) == []
+
+
+def test_a_sweep_is_every_combination_of_what_hydra_calls_a_sweep() -> None:
+    swept = [
+        "model=vit_s16,soft_s16_128e",
+        "steps=range(10,30,10)",
+        "model.moe.blocks=[4,5]",
+        "data.train=/a/{0..1}.tar",
+        "name='a,b'",
+    ]
+    points = expand_sweep(swept)
+    assert [point[:2] for point in points] == [
+        ["model=vit_s16", "steps=10"], ["model=vit_s16", "steps=20"], ["model=soft_s16_128e", "steps=10"], ["model=soft_s16_128e", "steps=20"],
+    ]  # fmt: skip
+    assert all(point[2:] == swept[2:] for point in points)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softmoe_train.model import products
 from softmoe_train.model.expert_mlp import Dropout, expert_mlp
-from softmoe_train.model.keyed import dropout, image_keys, keys_within
+from softmoe_train.model.keyed import dropout, image_keys, keys_at, keys_within
 
 e, N, D, H = 2, 3, 4, 5
 SHAPES = ((e, N, D), (e, D, H), (e, H), (e, H, D), (e, D))
@@ -35,25 +35,38 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def mask() -> Tensor:
-    """1 / (1 - rate) where a hidden value stays, and 0; what it must be is tested elsewhere."""
-    return dropout(torch.ones(e, N, H, dtype=torch.float64), *DROP)
+class Masks(NamedTuple):
+    """1 / (1 - rate) where a value stays, and 0; what they must be is tested elsewhere."""
+
+    hidden: Tensor
+    out: Tensor
 
 
-def plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Tensor | float = 1.0) -> Tensor:
-    return gelu(x @ w1 + b1.unsqueeze(1)) * kept @ w2 + b2.unsqueeze(1)
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float64)
 
 
-def plain_gated(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, wg: Tensor, bg: Tensor, kept: Tensor | float = 1.0) -> Tensor:  # fmt: skip
-    return gelu(x @ wg + bg.unsqueeze(1)) * (x @ w1 + b1.unsqueeze(1)) * kept @ w2 + b2.unsqueeze(1)
+WHOLE = Masks(ones(1), ones(1))
+DROPPED = Masks(
+    dropout(ones(e, N, H), DROP.keys, DROP.rate), dropout(ones(e, N, D), keys_at(DROP.keys, "outputs"), DROP.rate)
+)
+
+
+def plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Masks = WHOLE) -> Tensor:
+    return (gelu(x @ w1 + b1.unsqueeze(1)) * kept.hidden.to(x) @ w2 + b2.unsqueeze(1)) * kept.out.to(x)
+
+
+def plain_gated(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, wg: Tensor, bg: Tensor, kept: Masks = WHOLE) -> Tensor:  # fmt: skip
+    hidden = gelu(x @ wg + bg.unsqueeze(1)) * (x @ w1 + b1.unsqueeze(1))
+    return (hidden * kept.hidden.to(x) @ w2 + b2.unsqueeze(1)) * kept.out.to(x)
 
 
 KINDS = {
     "mlp": Kind(expert_mlp, plain, SHAPES),
-    "mlp, dropped": Kind(lambda *t: expert_mlp(*t, dropped=DROP), lambda *t: plain(*t, mask()), SHAPES),
+    "mlp, dropped": Kind(lambda *t: expert_mlp(*t, dropped=DROP), lambda *t: plain(*t, DROPPED), SHAPES),
     "gated": Kind(lambda *t: expert_mlp(*t[:5], gate=(t[5], t[6])), plain_gated, GATED),
     "gated, dropped": Kind(
-        lambda *t: expert_mlp(*t[:5], gate=(t[5], t[6]), dropped=DROP), lambda *t: plain_gated(*t, mask()), GATED
+        lambda *t: expert_mlp(*t[:5], gate=(t[5], t[6]), dropped=DROP), lambda *t: plain_gated(*t, DROPPED), GATED
     ),
 }
 
