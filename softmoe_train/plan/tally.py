@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,12 +49,15 @@ class Tally(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.aside = False  # while true nothing is counted
         self.collectives: list[Collective] = []
         self._sizes: dict[int, int] = {}
 
     def __enter__(self) -> "Tally":
-        # Layouts plan operators in fake modes of their own: what is made in those is no memory.
-        self._world = active_fake_mode()
+        self._fake = active_fake_mode() is not None
+        # DTensor finds the global shape of a result by making it with fake tensors, in the mode that is there: that is no memory.
+        self._lock = ShardingPropagator._fake_mode_lock
+        ShardingPropagator._fake_mode_lock = _Aside(self)  # pyright: ignore[reportAttributeAccessIssue]
         tally, resize = self, torch.UntypedStorage.resize_
         self._resize = resize
 
@@ -66,26 +70,27 @@ class Tally(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        ShardingPropagator._fake_mode_lock = self._lock
         torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, with what lies on this rank
-        fake = active_fake_mode()
+        if self.aside:
+            return func(*args, **(kwargs or {}))
         # What was there before is not ours; with fake tensors the tally sees all from the start.
-        inputs = tree_leaves((args, kwargs or {})) if self._world is None else ()
+        inputs = () if self._fake else tree_leaves((args, kwargs or {}))
         known = {id(t.untyped_storage()) for t in inputs if isinstance(t, Tensor)}
-        if fake is not None and func is torch.ops._c10d_functional.wait_tensor.default:
+        if self._fake and func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # the real one makes no tensor either
         result = func(*args, **(kwargs or {}))
-        if fake is self._world:
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and not tensor.is_meta:
-                    self._see(tensor.untyped_storage(), known)
-            kind = _kind_of(str(func))
-            if kind is not None:
-                self.collectives.append(Collective(kind, _ranks_of(args), max(_bytes(arg) for arg in args)))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                self._see(tensor.untyped_storage(), known)
+        kind = _kind_of(str(func))
+        if kind is not None:
+            self.collectives.append(Collective(kind, _ranks_of(args), max(_bytes(arg) for arg in args)))
         return result
 
     def _see(self, storage: torch.UntypedStorage, known: set[int]) -> None:
@@ -104,6 +109,19 @@ class Tally(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
+
+
+class _Aside:
+    """In place of the lock under which DTensor plans an operator."""
+
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+
+    def __enter__(self) -> None:
+        self.tally.aside = True
+
+    def __exit__(self, *error: Any) -> None:
+        self.tally.aside = False
 
 
 def _kind_of(name: str) -> str | None:
