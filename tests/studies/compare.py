@@ -111,7 +111,7 @@ def train_all(runs: list[Run], jobs: int) -> None:
     say(f"{len(runs)} runs of {runs[0].config.steps} steps, {len(runs) - len(left)} complete already")
     total = sum(run.config.steps for run in runs)
     with ThreadPoolExecutor(jobs) as pool, start_bar(sys.stdout) as bar:
-        task = bar.add_task("", total=total, facts="steps")
+        task = bar.add_task("", total=total, completed=total if not left else 0, facts="steps")
         begun = {pool.submit(train, run): run for run in left}
         try:
             for done in _as_they_end(begun):
@@ -184,7 +184,7 @@ def table(rows: list[Row]) -> str:
             share(row.dropped), share(row.empty), f"{row.images_per_second:,.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    seeds = f"Means over {len(rows[0].top1)} seeds, in brackets the lowest and the highest. "
+    seeds = f"Means over the seeds ({len(rows[0].top1)}), in brackets the lowest and the highest. "
     late = f"Training loss, dropped tokens and empty slots are means over the last {100 * LATE:.0f} % of training; "
     return "\n".join(
         [*lines, "", seeds + late + "a dash is where nothing can be dropped or empty; images/s of one thread."]
