@@ -182,8 +182,7 @@ def fit(
         if asked:
             log.message(f"{asked}: saving step {state.step}, then ending")
         if reports:
-            metrics = _train_metrics(state, report, lr, broken)
-            metrics |= _routing_metrics(plan.expert_blocks, report.grads.told)
+            metrics = _train_metrics(state, plan, report, lr, broken)
             log.report(state.step, state.images_seen, metrics | meter.read())
             broken = 0
         with meter.paused():
@@ -232,7 +231,7 @@ def _save(state: TrainState, plan: Plan, save: Callable[..., None]) -> None:
     save(state.step, state.engine.state_dict(), {**plan.documents, "loop": state.loop_document()}, state.best, before)
 
 
-def _train_metrics(state: TrainState, report: StepReport, lr: float, broken: int) -> dict[str, float]:
+def _train_metrics(state: TrainState, plan: Plan, report: StepReport, lr: float, broken: int) -> dict[str, float]:
     """One step's measures and the counts so far, equal on every rank; reads the device."""
     loss, samples = sum_over_world(torch.stack([report.loss, report.loss.new_tensor(broken)])).tolist()
     state.broken_samples += int(samples)
@@ -242,7 +241,8 @@ def _train_metrics(state: TrainState, report: StepReport, lr: float, broken: int
         "train/rollbacks": len(state.bad_steps.passed_over),
         "data/broken_samples": state.broken_samples,
     }
-    return metrics | {name: count for name, count in counts.items() if count}
+    metrics |= {name: count for name, count in counts.items() if count}
+    return metrics | _routing_metrics(plan.expert_blocks, report.grads.told)
 
 
 def _routing_metrics(blocks: Sequence[int], told: Tensor | None) -> dict[str, float]:

@@ -14,9 +14,8 @@ class GradStats(NamedTuple):
 
     norm: Tensor  # global gradient norm before the clip, float32; nan where the loss of a rank was not finite
     skipped: Tensor  # 1.0 where the norm was not finite and the update was a no-op
-    told: (
-        Tensor | None
-    )  # "L M", what routers tell (routing.MEASURES): this rank's share of the means over the global batch
+    # "L M", what routers tell (routing.MEASURES): this rank's share of the means over the global batch.
+    told: Tensor | None
 
 
 class Engine(Protocol):

@@ -84,7 +84,7 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "G E S D"]:
         """Send every slot through its expert and back; computes in the dtype of the slots.
 
-        With `keys`, one a group, hidden values are dropped by (key, expert, slot, value).
+        With `keys`, one a group, hidden values and outputs are dropped by (key, expert, slot, value).
         """
         w1, b1, w2, b2 = (exchange.local(p) for p in (self.w1, self.b1, self.w2, self.b2))
         gate = None if self.wg is None or self.bg is None else (exchange.local(self.wg), exchange.local(self.bg))

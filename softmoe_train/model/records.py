@@ -95,6 +95,11 @@ class MoEConfig(Record):
                 f"model.moe.tokens_choice.top_k={self.tokens_choice.top_k} is more than model.moe.num_experts={self.num_experts}; "
                 f"use fewer choices or more experts"
             )
+        if self.router == "tokens_choice" and self.tokens_choice.load_loss and not self.sparse.noise_std:
+            problems.append(
+                f"model.moe.tokens_choice.load_loss={self.tokens_choice.load_loss:g} with model.moe.sparse.noise_std=0: load is the chance "
+                f"to be chosen were the noise drawn again; use model.moe.tokens_choice.load_loss=0, or noise"
+            )
         if self.is_sparse and self.capacity(num_tokens) < 1:
             least = self.num_experts / (self.group_images * num_tokens * self.choices)
             problems.append(

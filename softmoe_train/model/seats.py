@@ -13,6 +13,8 @@ from torch import Tensor
 
 from softmoe_train.model.products import differentiate_once, product_dtype
 
+EMPTY_AT_ONCE = 64
+
 
 class Seats(NamedTuple):
     """Which token lies in which slot, and the inverse: the slots of token n are `order[offsets[n] : offsets[n + 1]]`."""
@@ -89,9 +91,14 @@ def _sums(slots: Tensor, weights: Tensor | None, order: Tensor, offsets: Tensor)
     """The (weighted) sum of every token's slots, in the order of the slots."""
     dtype = product_dtype(slots)
     rows = slots.flatten(0, 2)
+    M = len(order)
+    # What is behind the last offset belongs to the last sum on a GPU (torch 2.13), one thread adding it up: so empty slots
+    # get sums of their own, short ones, that nobody reads.
+    spare = torch.arange(1, -(-M // EMPTY_AT_ONCE) + 1, device=order.device)
+    ends = offsets[-1] + (M - offsets[-1]) * spare // len(spare)
     each = None if weights is None else weights.flatten()[order].to(slots.dtype).to(dtype)
     # A sum over stretches of a list: its kernels add each stretch in order.
     sums = F.embedding_bag(
-        order, rows.to(dtype), offsets, mode="sum", per_sample_weights=each, include_last_offset=True
+        order, rows.to(dtype), torch.cat([offsets, ends]), mode="sum", per_sample_weights=each, include_last_offset=True
     )
-    return sums.to(slots.dtype)
+    return sums[: len(offsets) - 1].to(slots.dtype)

@@ -24,9 +24,8 @@ class Predictions(NamedTuple):
     """What a model says of a batch: B images, C classes, and of its routers: L blocks with experts, M measures."""
 
     logits: Float[Tensor, "B C"]
-    told: (
-        Float[Tensor, "L M"] | None
-    )  # routing.MEASURES of each block with experts, summed over groups; None: no router tells
+    # routing.MEASURES of each block with experts, summed over groups; None: no router tells.
+    told: Float[Tensor, "L M"] | None
 
 
 class Block(nn.Module):

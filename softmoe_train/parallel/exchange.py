@@ -26,8 +26,8 @@ WIRE = {"bfloat16": torch.bfloat16}
 class AllToAllExchange:
     """Sends each slot to the rank that holds its expert, and the result back, stage by stage and chunk by chunk.
 
-    Every slot is always filled, so there are no counts to agree on and no capacity. Every rank must bring the same G. Rows
-    have one leading dim for each stage's axis, outermost first; their sizes multiply to R. The groups are cut into (at most)
+    Every expert has equally many slots, empty ones included, so there are no counts to agree on. Every rank must bring the same G.
+    Rows have one leading dim for each stage's axis, outermost first; their sizes multiply to R. The groups are cut into (at most)
     `chunks` runs of nearly equal length, and the exchange of one lies under the experts of another.
     """
 

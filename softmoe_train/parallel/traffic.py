@@ -11,7 +11,7 @@ from softmoe_train.parallel.layout import ParallelConfig
 
 PASSES = 2  # each exchange of forward has one of gradients in backward
 WAYS = 2  # to the experts, and back
-KEY_BYTES = 8  # what dropout is derived from, of an image and expert
+KEY_BYTES = 8  # what dropout is derived from, of a routing group and expert
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def exchange_traffic(
 
     With P = B·E·S·D·itemsize, each of the 4 crossings (6 under parallel.recompute, whose backward runs the layer's forward again) hands P to one all-to-all, or P to each of two;
     a flat one sends (R - 1)/R of P off the rank, two stages (I - 1)/I and then (O - 1)/O; between nodes both send (O - 1)/O.
-    Expert dropout sends 8 bytes for each image and expert with each forward of the layer, by the same route, and in one chunk.
+    Expert dropout sends 8 bytes for each routing group and expert with each forward of the layer, by the same route, and in one chunk.
     """
     R, I = axis, on_node  # noqa: E741
     assert R % I == 0 and images % micro_batches == 0 and num_experts % R == 0, locals()

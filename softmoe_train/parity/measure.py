@@ -10,6 +10,7 @@ from torch import Tensor
 from softmoe_train.optim.build import OptimConfig
 
 PIECE = 2**24  # values compared at once: bounds the copies in float64
+ROUTER_TIES = 1e-4  # relative: gates of equal tokens, float32 whatever the precision, that may come in either order
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}  # of a stored value, relative
 
 
@@ -23,7 +24,7 @@ class Tolerances(NamedTuple):
     weights: float
     state: float
     routing: float
-    decisions: float  # two gates that are no further apart may come in either order
+    decisions: float  # two gates that are no further apart may come in either order, where tokens are a layer's own
     share: float  # of the whole: a tensor that holds less of it is measured as if it held as much
 
 

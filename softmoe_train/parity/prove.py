@@ -29,6 +29,7 @@ from softmoe_train.model.sparse import Decisions
 from softmoe_train.parity.heard import Heard
 from softmoe_train.parity.measure import (
     ROUNDING,
+    ROUTER_TIES,
     Moved,
     Row,
     apart,
@@ -144,7 +145,7 @@ class _Proof:
         x = x.view(-1, layer.config.group_images * x.shape[1], x.shape[2])
         got = layer.router(x, keys)
         wanted = plain_sparse(layer.config, gate, x.double(), keys, got.decisions)
-        if not wanted.apart <= self.allowed.decisions:
+        if not wanted.apart <= ROUTER_TIES:
             return math.inf
         slots = torch.einsum("GTES,GTD->GESD", wanted.dispatch, x.double())
         pairs = ((got.slots, slots), (got.weights, wanted.combine.sum(1)), (got.told, wanted.told))

@@ -18,9 +18,7 @@ class Cost(NamedTuple):
 
     parameters: int
     expert_parameters: int
-    active_parameters: (
-        int  # per image: all but experts, and of those as many as an image has slots, where that is fewer
-    )
+    active_parameters: int  # of an image: all but experts, and of those as many as it has slots, where that is fewer
     slots_per_token: float  # rows that experts compute, to those of a dense MLP; 0 without experts
     forward_flops: int  # two a multiply-add
     training_flops: int  # forward and backward

@@ -96,7 +96,6 @@ class Plan(NamedTuple):
             "rank": {
                 **held._asdict(),
                 "activations": rehearsed.activations,
-                "sum": held.lasting + rehearsed.activations,
                 "peak": rehearsed.peak,
             },
             "collectives": [t._asdict() for t in self.traffic],

@@ -48,7 +48,7 @@ class Rehearsed(NamedTuple):
 
     held: Held
     activations: int  # most that the forward of a micro-batch leaves for its backward
-    peak: int  # most alive at once in the step, all the above and what comes and goes
+    peak: int  # most alive at once in the step; the above need not all be there together, and other things come and go
     collectives: list[Collective]
     checkpoint: int  # bytes of all tensors that resume, on all ranks together
 

@@ -93,7 +93,7 @@ def _rank_rows(plan: Plan) -> list[tuple[str, int]]:
     rows = [("weights", held.parameters), ("gradients", held.gradients), ("optimizer", held.optimizer)]
     rows += [("averaged weights", held.average)] if held.average else []
     rows += [("activations kept for backward", rehearsed.activations)]
-    return [*rows, ("sum", held.lasting + rehearsed.activations), ("most at once in a step", rehearsed.peak)]
+    return [*rows, ("most at once in a step", rehearsed.peak)]
 
 
 def _traffic_rows(plan: Plan) -> list[list[str]]:

@@ -19,13 +19,11 @@ NO_PICKLE = (
 class WarmConfig(Record):
     """The weights to start from at step 0; a run that has a checkpoint of its own reads them no more."""
 
-    source: (
-        str | None
-    )  # a run or step folder of ours or its URL, a safetensors file (ours or in timm's names), a big_vision .npz
+    # A run or step folder of ours or its URL, a safetensors file (ours or in timm's names), a big_vision .npz.
+    source: str | None
     weights: Literal["model", "average"]  # which of a checkpoint's
-    noise: Annotated[
-        float, Field(ge=0, lt=1)
-    ]  # relative deviation of what is copied to several experts or slots; 0: exact copies
+    # Relative deviation of what is copied to several experts or slots; 0: exact copies.
+    noise: Annotated[float, Field(ge=0, lt=1)]
     head: Literal["auto", "fresh"]  # auto: taken over where the number of classes is the same
     allow_new: list[str]  # patterns (*, ?) of our tensors that may start fresh although a source should have them
     ignore: list[str]  # patterns of the source's tensors to leave aside although nothing here explains them

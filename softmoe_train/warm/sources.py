@@ -32,9 +32,8 @@ class Source(NamedTuple):
     what: str  # in words
     weights: Translated
     model: Mapping[str, Any] | None  # its settings, where it is ours
-    verify: Callable[
-        [int, int], None
-    ]  # rank, world: this rank's share of the bytes that can be checked is what was saved
+    # Of rank and world: this rank's share of the bytes that can be checked is what was saved.
+    verify: Callable[[int, int], None]
 
 
 @contextmanager

@@ -91,8 +91,19 @@ def test_dropout_is_of_training_alone_and_belongs_to_the_image_and_the_block() -
     order = torch.tensor([2, 0, 1])
     torch.testing.assert_close(model.features(images[order], keys[order])[0], trained[order])
     assert (model.features(images, keys[order])[0] - trained).abs().max() > 1e-3
-    places = [keys_at(keys, f"blocks.{i}") for i in (1, 2)]
-    assert not torch.equal(*places)
+
+
+def test_every_block_draws_from_keys_of_its_own() -> None:
+    model = dropped_model(0.5)
+    keys, seen = image_keys(3, torch.tensor([5, 6])), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoE):
+            layer.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[1]}))
+    model(torch.zeros(2, 3, 8, 8), keys)
+    assert len(seen) == 2
+    for name, given in seen.items():
+        assert torch.equal(given, keys_at(keys, name.removesuffix(".moe")))
+    assert not torch.equal(*seen.values())
 
 
 def test_the_same_slot_of_other_experts_and_other_slots_drop_other_values() -> None:
