@@ -59,6 +59,18 @@ def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() 
         ("data.streams=3", "data.streams=3: the number of ranks (1) must divide it"),
         ("micro_batches=3", "micro_batches=3 does not divide the 16 images"),
         ("data=cifar10", "data.train is not set: name a folder"),
+        (
+            "model.moe={router: tokens_choice, tokens_choice: {top_k: 5}}",
+            "model.moe.tokens_choice.top_k=5 is more than model.moe.num_experts=4; use fewer choices or more experts",
+        ),
+        (
+            "model.moe={router: tokens_choice, sparse: {noise_std: 0.0}}",
+            "model.moe.tokens_choice.load_loss=0.005 with model.moe.sparse.noise_std=0",
+        ),
+        (
+            "model.moe={router: experts_choice, sparse: {capacity_factor: 0.01}}",
+            "gives 4 experts no slot for a group of 1 x 16 tokens; use 0.25 or more",
+        ),
         ("schedule.timescale=3", "schedule.timescale=3 with schedule.kind=cosine"),
         ("data.mixup=0", "data.mixup=0: input should be greater than 0"),
         ("data.randaugment=null", "there is no key data.randaugment"),
