@@ -78,6 +78,22 @@ class MoEConfig(Record):
         """K, the experts that each token asks for; 1 where the experts choose."""
         return self.tokens_choice.top_k if self.router == "tokens_choice" else 1
 
+    def read_keys(self) -> frozenset[str]:
+        """The keys below `model.moe`, dotted, that the layer reads with this router; every other one changes nothing."""
+        keys = set(MoEConfig.model_fields) - {"soft", "sparse", "tokens_choice"}
+        if self.is_sparse:
+            keys -= {"slots_per_expert"}
+            keys |= {f"sparse.{key}" for key in SparseConfig.model_fields}
+        if self.router == "tokens_choice":
+            keys |= {f"tokens_choice.{key}" for key in TokensChoiceConfig.model_fields}
+            if self.sparse.noise_std == 0:  # there is nothing to draw again
+                keys -= {"tokens_choice.load_loss"}
+        if self.router == "soft":
+            keys |= {f"soft.{key}" for key in SoftConfig.model_fields}
+            if self.soft.dispatch == self.soft.combine == "uniform":  # there are no logits
+                keys -= {"soft.normalize", "soft.scale"}
+        return frozenset(keys)
+
     def capacity(self, num_tokens: int) -> int:
         """S, the slots of an expert for one routing group of images with `num_tokens` tokens; 0 where the factor is too small."""
         if not self.is_sparse:

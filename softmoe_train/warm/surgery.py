@@ -15,14 +15,17 @@ from softmoe_train.config import flat
 from softmoe_train.model.records import ModelConfig
 from softmoe_train.warm.grids import CHANNELS, resample_patch, resample_position, side_of
 from softmoe_train.warm.lazy import Lazy, computed, copies, noisy, picked, transposed
+from softmoe_train.warm.mixture import Mixture, kept_differences, upcycled_differences
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.sources import Source
+from softmoe_train.warm.translate import NO_QK_NORM
 
 Shape = tuple[int, ...]
 How = Literal["loaded", "resampled", "copied", "created"]
 MOST_TOLD = 6  # problems of one kind, told one by one
 EXPERT = re.compile(r"(?P<block>blocks\.\d+\.)moe\.experts\.(?P<part>.+)")
 DENSE = {"w1": "mlp.fc1.weight", "b1": "mlp.fc1.bias", "w2": "mlp.fc2.weight", "b2": "mlp.fc2.bias"}
+NO_BIAS = "the source has no bias: zeros, which are the same"
 QK_NORM = re.compile(r"blocks\.\d+\.attn\.(query|key)_norm\.weight")
 
 
@@ -69,6 +72,7 @@ class _Fitting:
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.alike: list[str] = []  # copies that nothing tells apart
+        self.noised: list[str] = []
 
     def result(self) -> Fit:
         problems = self._size_problems()
@@ -156,7 +160,7 @@ class _Fitting:
         if new < old:
             return Begin("copied", chosen, f"the first {new} of {old} experts")
         self.alike.append(name)
-        made = noisy(chosen, self.config.noise, seed=self.seed, name=name, per_expert=True)
+        made = self._noisy(chosen, name, per_expert=True)
         return Begin("copied", made, f"{new} experts from {old}: e from e mod {old}{self._with_noise()}")
 
     def _other_slots(self, name: str, t: Lazy, shape: Shape) -> Begin:
@@ -171,7 +175,7 @@ class _Fitting:
         chosen = computed(t, shape, choose)
         if any(new > old for old, new in zip(t.shape, shape)):
             self.alike.append(name)
-            chosen = noisy(chosen, self.config.noise, seed=self.seed, name=name, per_expert=False)
+            chosen = self._noisy(chosen, name, per_expert=False)
         return Begin("copied", chosen, f"{shape} from {t.shape}: i from i mod the old size{self._with_noise()}")
 
     def _without_source(self, name: str, shape: Shape) -> Begin:
@@ -185,7 +189,7 @@ class _Fitting:
                 "created", None, "the source does not normalise queries and keys: ones, which do not reproduce it"
             )
         if name.endswith("attn.qkv.bias"):
-            return Begin("created", None, "the source has no bias: zeros, which are the same")
+            return Begin("created", None, NO_BIAS)
         if self._may_be_new(name):
             return Begin("created", None, "the source has none (warm.allow_new)")
         self.missing.append(name)
@@ -206,10 +210,13 @@ class _Fitting:
         count, soft = shape[0], self.model.moe.soft
         if count > 1 and self.model.moe.router == "soft" and soft.dispatch == soft.combine == "uniform":
             self.alike.append(name)
-        made = noisy(
-            copies(t, count), self.config.noise if count > 1 else 0.0, seed=self.seed, name=name, per_expert=True
-        )
+        made = self._noisy(copies(t, count), name, per_expert=True) if count > 1 else copies(t, count)
         return Begin("copied", made, f"{dense} to {count} experts{self._with_noise() if count > 1 else ''}")
+
+    def _noisy(self, t: Lazy, name: str, *, per_expert: bool) -> Lazy:
+        if self.config.noise:
+            self.noised.append(name)
+        return noisy(t, self.config.noise, seed=self.seed, name=name, per_expert=per_expert)
 
     def _with_noise(self) -> str:
         return f", each element times 1 + N(0, {self.config.noise:g}²)" if self.config.noise else ""
@@ -245,12 +252,48 @@ class _Fitting:
 
     def _differences(self, begins: Mapping[str, Begin]) -> list[str]:
         differences = list(self.source.weights.differences)
-        if self.alike and self.config.noise == 0:
+        resampled = [f"{name} is resampled {begin.note}" for name, begin in begins.items() if begin.how == "resampled"]
+        if resampled:
+            differences.append(f"images are of other patches than the source's: {'; '.join(resampled)}")
+        created = {name: begin.note for name, begin in begins.items() if begin.how == "created"}
+        fresh = [f"{name} ({note})" for name, note in created.items() if self._is_lost(name, note)]
+        if fresh:
+            differences.append(f"these start fresh and do not compute what the source did: {_some(fresh)}")
+        differences += self._differences_of_experts(begins)
+        if self.noised:
+            differences.append(
+                f"warm.noise={self.config.noise:g} moves the copies away from what they are of ({_some(self.noised)})"
+            )
+        elif self.alike and not self._parted():
             differences.append(
                 f"copies of experts or slots ({_some(self.alike)}) begin alike, get the same gradients and stay alike; "
                 f"warm.noise=0.01 tells them apart"
             )
         return differences
+
+    def _is_lost(self, name: str, note: str) -> bool:
+        """Whether a tensor that starts fresh changes the function, and nothing else says so."""
+        told = ".moe.router." in name or (QK_NORM.fullmatch(name) and NO_QK_NORM in self.source.weights.differences)
+        return not told and note != NO_BIAS
+
+    def _differences_of_experts(self, begins: Mapping[str, Begin]) -> list[str]:
+        blocks = dict.fromkeys(found["block"] for name in begins if (found := EXPERT.fullmatch(name)))
+        kept = [block for block in blocks if any(name.startswith(f"{block}moe.") for name in self.there)]
+        upcycled = [block for block in blocks if block not in kept]
+        differences: list[str] = []
+        if upcycled:
+            here = Mixture(self.model.moe, self.model.num_tokens)
+            differences += upcycled_differences(here, _some([block.rstrip(".") for block in upcycled]))
+        if kept:
+            routers = tuple(f"{block}moe.router." for block in kept)
+            fresh = [name for name, begin in begins.items() if begin.how == "created" and name.startswith(routers)]
+            differences += kept_differences(self.source.model or {}, self.model, fresh)
+        return differences
+
+    def _parted(self) -> bool:
+        """Whether training tells copies apart: by its noise or dropout, or since each of them sees other tokens."""
+        moe = self.model.moe
+        return moe.expert_dropout > 0 or moe.router == "identity" or (moe.is_sparse and moe.sparse.noise_std > 0)
 
     def _settings(self) -> dict[str, str]:
         if self.source.model is None:

@@ -6,25 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from softmoe_train.model.moe import build_router
 from softmoe_train.model.vit import ViT
 from tests.ranks.small import global_batch
 from tests.unit.warm.bare import as_run, model_of, small, warmed, wide
 
 EXACT = 1e-12  # float64, sums in another order
-
-
-@pytest.fixture(autouse=True)
-def _router_is_built(request: pytest.FixtureRequest) -> None:
-    """Skip what a router that this tree does not build yet would decide."""
-    name = request.node.name
-    routers = [r for r in ("identity", "tokens_choice", "experts_choice") if r in name]
-    routers += ["tokens_choice", "experts_choice"] if "another_router" in name else []
-    for router in routers:
-        try:
-            build_router(small(router=router, num_experts=8, slots_per_expert=2).moe, 24)
-        except NotImplementedError:
-            pytest.skip(f"model.moe.router={router} is not built yet")
 
 
 @pytest.fixture(scope="module")

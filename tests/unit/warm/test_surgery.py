@@ -96,7 +96,9 @@ def test_which_expert_comes_from_which(soft: ViT, soft_run: Path) -> None:
     assert any("stay alike; warm.noise=0.01" in difference for difference in told.fit.differences)
     fewer, told = warmed(small(num_experts=2), soft_run)
     assert torch.equal(fewer.blocks[2].moe.experts.b2, old.experts.b2[:2])
-    assert told.fit.differences == []
+    assert told.fit.differences == [
+        "model.moe.num_experts: 4 there, 2 here: the experts after the first 2 are left out"
+    ]
 
 
 def test_noise_is_relative_and_each_expert_s_own(dense: ViT, dense_run: Path) -> None:
@@ -115,7 +117,7 @@ def test_noise_tells_tiled_experts_and_slots_apart(soft_run: Path) -> None:
     moe = after.blocks[2].moe
     assert not torch.equal(moe.experts.w1[0], moe.experts.w1[4])
     assert not torch.equal(moe.router.phi[:, 0], moe.router.phi[:, 4])
-    assert told.fit.differences == []
+    assert not any("stay alike" in difference for difference in told.fit.differences)
 
 
 def test_the_same_model_is_taken_over_bit_by_bit_from_each_kind_of_source(
