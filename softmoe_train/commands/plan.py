@@ -1,6 +1,7 @@
 """This file owns `softmoe plan`: what a run would cost, or a comparison of several, on any machine and in one process."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ from softmoe_train.config import ConfigError, compose, compose_own, expand_sweep
 from softmoe_train.plan.make import Plan, make_plan
 from softmoe_train.plan.settings import PlanConfig, plan_problems
 from softmoe_train.plan.table import print_comparison, print_plan
-from softmoe_train.settings import RunConfig
+from softmoe_train.settings import RunConfig, unread
 
 
 def plan(overrides: list[str]) -> int:
     """Print the plan of one run; raises ConfigError with all that keeps it from being one."""
     _check_alone()
     own, run = _compose(overrides)
+    for told in unread(run.model, overrides):
+        print(f"softmoe plan: {told}", file=sys.stderr, flush=True)
     made = make_plan(run, *own.world(run), axes=True)
     print_plan(made)
     _write(own, {"overrides": overrides, **made.document()})

@@ -20,7 +20,7 @@ from softmoe_train.launching.meeting import End
 from softmoe_train.launching.worker import RESUME, launcher_of
 from softmoe_train.observe.startup import Startup
 from softmoe_train.run import train as train_rank
-from softmoe_train.settings import RunConfig
+from softmoe_train.settings import RunConfig, unread
 
 EXIT_SECONDS = 5  # what a worker that gives up its save may need to be gone
 
@@ -58,6 +58,8 @@ def _interrupted(config: RunConfig) -> str:
 
 def _train(config: RunConfig, overrides: list[str], world: World, startup: Startup) -> End:
     startup.done("settings")
+    for told in unread(config.model, overrides) if world.main else ():
+        print(f"softmoe train: {told}", file=sys.stderr, flush=True)
     try:
         reason = train_rank(config, world, startup)
     except (CheckpointError, BadStepsError) as error:
