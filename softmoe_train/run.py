@@ -302,9 +302,10 @@ def _description(config: RunConfig, engine: TorchEngine | DeepSpeedEngine, topol
     parameters = sum(p.numel() for p in engine.parameters.values())
     moe = config.model.moe
     layers = len(moe_blocks(moe.blocks, config.model.depth))
-    experts = (
-        f"{moe.num_experts} experts x {config.model.capacity} slots in {layers} blocks" if layers else "no experts"
-    )
+    experts = "no experts"
+    if layers:
+        group = f" a group of {config.model.group_images} images" if config.model.group_images > 1 else ""
+        experts = f"{moe.router}, {moe.num_experts} experts x {config.model.capacity} slots{group} in {layers} blocks"
     layout = f"expert axis {topology.ep.size()}, {config.parallel.sharding}"
     if isinstance(config.engine, DeepSpeedConfig):
         layout = f"expert axis {topology.ep.size()}, DeepSpeed ZeRO {config.engine.zero_stage}"

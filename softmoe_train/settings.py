@@ -243,23 +243,6 @@ def _void_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def unread(model: ModelConfig, overrides: list[str]) -> list[str]:
-    """What was asked for below `model.moe` that this model does not read: a sentence each. Recipes may say it for other routers."""
-    read = model.moe.read_keys() if model.has_experts else {"blocks"}
-    why = (
-        f"model.moe.router={model.moe.router} does not read it"
-        if model.has_experts
-        else "no block of this model holds experts (model.moe.blocks)"
-    )
-    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
-    asked = [key.removeprefix("model.moe.") for key in keys if key.startswith("model.moe.")]
-    return [
-        f"model.moe.{key} changes nothing: {why}"
-        for key in asked
-        if not any(one == key or one.startswith(f"{key}.") for one in read)
-    ]
-
-
 def _best_problems(config: RunConfig) -> list[str]:
     """Why no checkpoint could ever be the best."""
     best, upstream = config.checkpoint.best, config.evals.upstream

@@ -15,6 +15,7 @@ FLOORS = {
     "loop": 3,
     "warm": 3,  # weights from elsewhere
     "evals": 4,
+    "asked": 4.5,  # what was asked for in so many words
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
     "resume": 4.7,  # from which checkpoint run.py goes on
     "run": 5, "worlds": 5,

@@ -1,5 +1,6 @@
 """This file owns `softmoe parity`: a run's own settings, without its data, to a proof and an exit code."""
 
+from softmoe_train.asked import dense_problems
 from softmoe_train.commands.workers import Verb, ranks, run_verb
 from softmoe_train.config import ConfigError, compose, compose_own, split_overrides
 from softmoe_train.dist import World
@@ -27,7 +28,9 @@ def _compose(overrides: list[str], world: World | None) -> ParityRun:
     ours, others = split_overrides(ParityConfig, RunConfig, overrides)
     own, problems = compose_own(ParityConfig, "parity.yaml", ours)
     try:
-        run = compose(RunConfig, others, lambda c: parity_problems(c, *ranks(world, c)))
+        run = compose(
+            RunConfig, others, lambda c: parity_problems(c, *ranks(world, c)) + dense_problems(c.model, others)
+        )
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if problems or own is None:

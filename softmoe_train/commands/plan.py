@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from softmoe_train.asked import dense_problems, unread
 from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError, compose, compose_own, expand_sweep, split_overrides
 from softmoe_train.plan.make import Plan, make_plan
 from softmoe_train.plan.settings import PlanConfig, plan_problems
 from softmoe_train.plan.table import print_comparison, print_plan
-from softmoe_train.settings import RunConfig, unread
+from softmoe_train.settings import RunConfig
 
 
 def plan(overrides: list[str]) -> int:
@@ -52,12 +53,16 @@ def _check_alone() -> None:
         raise ConfigError(["softmoe plan is one process; start it without a launcher, and give it ranks="])
 
 
+def _problems(config: RunConfig, own: PlanConfig | None, overrides: list[str]) -> list[str]:
+    return [] if own is None else plan_problems(config, own) + dense_problems(config.model, overrides)
+
+
 def _compose(overrides: list[str]) -> tuple[PlanConfig, RunConfig]:
     """The verb's own keys and the run's; ConfigError tells all mistakes in both."""
     ours, others = split_overrides(PlanConfig, RunConfig, overrides)
     own, problems = compose_own(PlanConfig, "plan.yaml", ours)
     try:
-        run = compose(RunConfig, others, lambda config: [] if own is None else plan_problems(config, own))
+        run = compose(RunConfig, others, lambda config: _problems(config, own, others))
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if problems or own is None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from softmoe_train.asked import dense_problems, unread
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.commands.elastic import check_train, in_legal_world
@@ -20,7 +21,7 @@ from softmoe_train.launching.meeting import End
 from softmoe_train.launching.worker import RESUME, launcher_of
 from softmoe_train.observe.startup import Startup
 from softmoe_train.run import train as train_rank
-from softmoe_train.settings import RunConfig, unread
+from softmoe_train.settings import RunConfig
 
 EXIT_SECONDS = 5  # what a worker that gives up its save may need to be gone
 
@@ -35,7 +36,9 @@ def train(overrides: list[str], *, print_only: bool) -> int:
     startup.done("imports")
     verb = Verb(
         "train",
-        compose=lambda world: compose(RunConfig, overrides, lambda c: check_train(c, world)),
+        compose=lambda world: compose(
+            RunConfig, overrides, lambda c: check_train(c, world) + dense_problems(c.model, overrides)
+        ),
         work=lambda config, world: in_legal_world(
             config, world, lambda legal: _train(config, overrides, legal, startup)
         ),

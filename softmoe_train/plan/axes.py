@@ -19,12 +19,14 @@ class AxisCost(NamedTuple):
     problem: str | None
     lasting: int | None  # bytes of weights, gradients and optimizer
     exchange: int | None  # bytes that slots send off the rank
+    off_host: int | None  # those of them that leave the host
     weights: int | None  # bytes that gathers and sums of weights and gradients send off the rank
 
 
 class _Sent(NamedTuple):
     lasting: int
     exchange: int
+    off_host: int
     weights: int
 
 
@@ -39,11 +41,14 @@ def axis_costs(config: RunConfig, size: int, ranks_per_host: int, whole: Rehears
         experts = config.model.num_experts
         problems = layout_problems(there.parallel, num_experts=experts, size=size, local_size=ranks_per_host)
         if problems:
-            costs.append(AxisCost(axis, "; ".join(problems), None, None, None))
+            costs.append(AxisCost(axis, "; ".join(problems), None, None, None, None))
             continue
         if axis not in block:
             block[axis] = _of_a_block(there, size, ranks_per_host)
-        other = [a + layers * (b - c) for a, b, c in zip(_sent(whole), block[axis], block[chosen], strict=True)]
+        other = [
+            a + layers * (b - c)
+            for a, b, c in zip(_sent(whole, ranks_per_host), block[axis], block[chosen], strict=True)
+        ]
         costs.append(AxisCost(axis, None, *other))
     return costs
 
@@ -51,12 +56,13 @@ def axis_costs(config: RunConfig, size: int, ranks_per_host: int, whole: Rehears
 def _of_a_block(config: RunConfig, size: int, ranks_per_host: int) -> _Sent:
     moe = config.model.moe.model_copy(update={"blocks": [0]})
     model = config.model.model_copy(update={"depth": 1, "moe": moe})
-    return _sent(rehearse(config.model_copy(update={"model": model}), size, ranks_per_host))
+    return _sent(rehearse(config.model_copy(update={"model": model}), size, ranks_per_host), ranks_per_host)
 
 
-def _sent(rehearsed: Rehearsed) -> _Sent:
-    slots = sum(c.off_rank for c in rehearsed.collectives if c.kind == "all-to-all")
-    return _Sent(rehearsed.held.lasting, slots, sum(c.off_rank for c in rehearsed.collectives) - slots)
+def _sent(rehearsed: Rehearsed, ranks_per_host: int) -> _Sent:
+    exchanges = [c for c in rehearsed.collectives if c.kind == "all-to-all"]
+    slots, off_host = sum(c.off_rank for c in exchanges), sum(c.off_host(ranks_per_host) for c in exchanges)
+    return _Sent(rehearsed.held.lasting, slots, off_host, sum(c.off_rank for c in rehearsed.collectives) - slots)
 
 
 def _with_axis(config: RunConfig, axis: int) -> RunConfig:

@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
     def _sum(self, kind: str, ranks: int, hosts: int, ones: Iterable[Collective]) -> Traffic:
         ones = list(ones)
-        off_host = sum(one.given * _away(one.ranks, self.ranks_per_host) // ranks for one in ones)
+        off_host = sum(one.off_host(self.ranks_per_host) for one in ones)
         given, off_rank = sum(one.given for one in ones), sum(one.off_rank for one in ones)
         return Traffic(kind, ranks, hosts, len(ones), given, off_rank, off_host if kind == "all-to-all" else None)
 
@@ -122,8 +122,3 @@ def make_plan(config: RunConfig, size: int, ranks_per_host: int, *, axes: bool) 
     if not axes or not plan.layers:
         return plan
     return plan._replace(axes=axis_costs(config, size, ranks_per_host, plan.rehearsed, plan.axis))
-
-
-def _away(ranks: tuple[int, ...], ranks_per_host: int) -> int:
-    """Of the ranks of a group of rank 0, those on other hosts."""
-    return sum(rank // ranks_per_host != 0 for rank in ranks)

@@ -21,7 +21,13 @@ def print_plan(plan: Plan) -> None:
         _print(["a step's collectives", "over", "calls", "given", "leaves the rank"], _traffic_rows(plan))
     if len(plan.axes) > 1:
         _print(
-            ["expert axis", "weights, gradients, optimizer", "slots leave the rank", "weights leave the rank"],
+            [
+                "expert axis",
+                "weights, gradients, optimizer",
+                "slots leave the rank",
+                "the host",
+                "weights leave the rank",
+            ],
             _axis_rows(plan),
         )
     print(*_notes(plan), sep="\n", flush=True)
@@ -109,10 +115,8 @@ def _axis_rows(plan: Plan) -> list[list[str]]:
     rows = []
     for cost in plan.axes:
         name = f"{cost.axis} (this run)" if cost.axis == plan.axis else str(cost.axis)
-        if cost.lasting is None or cost.exchange is None or cost.weights is None:
-            rows.append([name, "not with this layout", "", ""])
-        else:
-            rows.append([name, data(cost.lasting), data(cost.exchange), data(cost.weights)])
+        costs = [c for c in (cost.lasting, cost.exchange, cost.off_host, cost.weights) if c is not None]
+        rows.append([name, *(map(data, costs) if costs else ("not with this layout", "", "", ""))])
     return rows
 
 
@@ -131,7 +135,9 @@ def _notes(plan: Plan) -> list[str]:
     notes.append(f"checkpoint: {data(size)}, {data(size / plan.size)} a rank on the mean")
     steps = epoch.steps(config.batch_size)
     if epoch.images is None or steps is None:
-        notes.append(f"data: {epoch.unknown}; {config.steps:,} steps of {config.batch_size:,} images")
+        notes.append(
+            f"data: nothing is known of an epoch ({epoch.unknown}); {config.steps:,} steps of {config.batch_size:,} images"
+        )
     else:
         shards = "" if epoch.shards is None else f" in {epoch.shards:,} shards"
         notes.append(

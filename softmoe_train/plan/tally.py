@@ -37,6 +37,11 @@ class Collective(NamedTuple):
         times = next(times for _, kind, times in KINDS if kind == self.kind)
         return times * self.given * (n - 1) // n
 
+    def off_host(self, ranks_per_host: int) -> int:
+        """Bytes that rank 0 sends to other hosts where all peers get equal parts, as in an exchange of slots."""
+        away = sum(rank // ranks_per_host != 0 for rank in self.ranks)
+        return self.given * away // len(self.ranks)
+
     def hosts(self, ranks_per_host: int) -> int:
         """Over how many hosts the group lies."""
         return len({rank // ranks_per_host for rank in self.ranks})

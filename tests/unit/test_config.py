@@ -7,7 +7,7 @@ import yaml
 
 from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, expand_sweep, load_yaml, parse, save_yaml
 from softmoe_train.parallel.layout import ParallelConfig
-from softmoe_train.settings import RunConfig, changed_settings, check, compute_problems, unread
+from softmoe_train.settings import RunConfig, changed_settings, check, compute_problems
 
 FOLDER = config_folder()
 GROUPS = sorted(  # recipes and models have tests of their own: test_recipes, test_family
@@ -46,22 +46,6 @@ def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() 
         "parallel.expert_axis=3 does not divide model.moe.num_experts=4 nor the 2 ranks of this run; 4 experts on 2 ranks allow 1 or 2"
     )
     assert "schedule.warmup_steps=21 plus schedule.cooldown_steps=0 exceed steps=20" in problems[4]
-
-
-def test_what_the_router_does_not_read_is_told() -> None:
-    asked = ["model.moe.slots_per_expert=2", "+model.moe.sparse.group_images=2", "model.moe.num_experts=8", "steps=3"]
-
-    def told(*overrides: str) -> list[str]:
-        composed = compose(RunConfig, ["recipe=debug", *(a.lstrip("+") for a in asked), *overrides], lambda _: [])
-        return unread(composed.model, asked)
-
-    assert told() == ["model.moe.sparse.group_images changes nothing: model.moe.router=soft does not read it"]
-    assert told("model.moe.router=experts_choice") == [
-        "model.moe.slots_per_expert changes nothing: model.moe.router=experts_choice does not read it"
-    ]
-    none = "changes nothing: no block of this model holds experts (model.moe.blocks)"
-    keys = ["slots_per_expert", "sparse.group_images", "num_experts"]
-    assert told("model.moe.blocks=[]") == [f"model.moe.{key} {none}" for key in keys]
 
 
 @pytest.mark.parametrize(
