@@ -108,9 +108,8 @@ def _router_differences(there: MoEConfig, here: MoEConfig, fresh: Sequence[str])
         name for name in fresh if not (name.endswith(".scale") and there.router == "soft" and not there.soft.scale)
     ]
     if trained:
-        differences.append(
-            f"a router starts fresh in the place of one that was trained: {', '.join(trained[:2])}, {len(trained)} in all"
-        )
+        more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
+        differences.append(f"a router starts fresh in the place of one that was trained: {trained[0]}{more}")
     return differences
 
 
@@ -122,8 +121,8 @@ def _size_differences(there: MoEConfig, here: MoEConfig) -> list[str]:
     if new > old and not differences and here.is_sparse and there.is_sparse:
         share = f"model.moe.num_experts: {old} there, {new} here: the {new // old} copies of an expert divide its gate"
         differences.append(f"{share}, and tokens do not reach all of them as they reached the one")
-    no_logits = here.soft.dispatch == here.soft.combine == "uniform"  # every slot is the same
-    if here.router == there.router == "soft" and not no_logits:
+    # Where there are no logits on a side, all its slots are the same, and their number changes nothing.
+    if here.router == there.router == "soft" and "soft.normalize" in there.read_keys() & here.read_keys():
         differences += _not_whole("slots_per_expert", "slots", there.slots_per_expert, here.slots_per_expert)
     return differences
 

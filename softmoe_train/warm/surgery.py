@@ -72,7 +72,7 @@ class _Fitting:
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.alike: list[str] = []  # copies that nothing tells apart
-        self.noised: list[str] = []
+        self.noised: list[str] = []  # copies that are not exact
 
     def result(self) -> Fit:
         problems = self._size_problems()
