@@ -10,6 +10,7 @@ import pytest
 
 from softmoe_train.config import compose, config_folder
 from softmoe_train.dist import World
+from softmoe_train.optim.groups import DecayConfig
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
@@ -147,7 +148,7 @@ def test_imagenet_recipes_have_the_published_hyperparameters(
         assert run.steps == epochs * images // batch
         assert learning_rate(run.schedule, 10_000, run.steps) == peak
         assert learning_rate(run.schedule, run.steps - 1, run.steps) == pytest.approx(1e-5, rel=0.02)
-        assert (run.optim.decay.head, run.optim.decay.kernels, run.optim.clip_norm) == (0.1, 0.1, 1.0)
+        assert (run.optim.decay, run.optim.clip_norm) == (DecayConfig(head=0.1, kernels=0.1, router_scale=0.0), 1.0)
     moe = sparse.model.moe
     assert (moe.router, moe.num_experts, moe.tokens_choice.top_k, moe.group_images) == ("tokens_choice", 8, 2, 8)
     assert (moe.sparse.capacity_factor, moe.tokens_choice.batch_priority) == (1.05, False)
