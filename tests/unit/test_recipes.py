@@ -1,16 +1,21 @@
 """Recipes: what their headers command composes and fits the documented number of processes; the paper's values are in them."""
 
+import itertools
 import re
 import shlex
 import shutil
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from softmoe_train.config import compose, config_folder
 from softmoe_train.dist import World
+from softmoe_train.model.records import ModelConfig, Router
+from softmoe_train.optim.groups import DecayConfig
 from softmoe_train.optim.schedule import learning_rate
+from softmoe_train.parity.session import parity_problems
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
 from tests.runs import same_bits, softmoe, stored
@@ -71,6 +76,19 @@ def test_every_recipe_shrinks_and_needs_no_shards_then(words: str, tmp_path: Pat
     assert (small.name, small.steps) == (name, 40)
     # Two of the 40 steps; all of them: pytest -m full tests/unit/test_recipes.py.
     assert train(small.model_copy(update={"stop_after": 2}), World(0, 1, 0, 1)) == "stopped"
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_every_recipe_can_be_proven_with_every_router(name: str) -> None:
+    small = compose(RunConfig, [f"recipe={name}", "shrink=model"], lambda _: [])
+    sizes = [small.processes, 2]
+    tree = small.model.model_dump()
+    for router, factor, choices in itertools.product(get_args(Router), (0.5, 2.0), (1, 8)):
+        tree["moe"]["router"] = router
+        tree["moe"]["sparse"]["capacity_factor"] = factor
+        tree["moe"]["tokens_choice"]["top_k"] = choices
+        run = small.model_copy(update={"model": ModelConfig.model_validate(tree)})
+        assert run.model.has_experts and [parity_problems(run, size, size) for size in sizes] == [[], []], router
 
 
 @pytest.mark.full
@@ -147,7 +165,7 @@ def test_imagenet_recipes_have_the_published_hyperparameters(
         assert run.steps == epochs * images // batch
         assert learning_rate(run.schedule, 10_000, run.steps) == peak
         assert learning_rate(run.schedule, run.steps - 1, run.steps) == pytest.approx(1e-5, rel=0.02)
-        assert (run.optim.decay.head, run.optim.decay.kernels, run.optim.clip_norm) == (0.1, 0.1, 1.0)
+        assert (run.optim.decay, run.optim.clip_norm) == (DecayConfig(head=0.1, kernels=0.1, router_scale=0.0), 1.0)
     moe = sparse.model.moe
     assert (moe.router, moe.num_experts, moe.tokens_choice.top_k, moe.group_images) == ("tokens_choice", 8, 2, 8)
     assert (moe.sparse.capacity_factor, moe.tokens_choice.batch_priority) == (1.05, False)
