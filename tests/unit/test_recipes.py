@@ -16,8 +16,10 @@ from softmoe_train.model.records import ModelConfig, Router
 from softmoe_train.optim.groups import DecayConfig
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parity.session import parity_problems
+from softmoe_train.plan.make import make_plan
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
+from tests.pareto import pareto_rows
 from tests.runs import same_bits, softmoe, stored
 
 FOLDER = config_folder() / "recipe"
@@ -63,6 +65,38 @@ def test_every_recipe_has_a_command_and_says_what_it_is() -> None:
             assert "never by us" in said["Reached"], name
 
 
+def test_every_placement_is_printed_for_every_router() -> None:
+    """Tables 4, 5 and 6: eight placements of 512 experts, with three routers each."""
+    printed = [(words, re.search(r"blocks=\[([\d,]+)\]", words)) for name, words in COMMANDS if name == "placement"]
+    rows = [(words, found.group(1)) for words, found in printed if found]
+    for words, blocks in rows:
+        assert f"num_experts={512 // len(blocks.split(','))} " in words
+    routers = ["soft", "tokens_choice", "experts_choice"]
+    named = [(next((router for router in routers if f"router={router}" in words), "soft"), at) for words, at in rows]
+    assert sorted(named) == sorted((router, at) for router in routers for at in {at for _, at in named})
+    assert len(named) == 24
+
+
+def test_scores_of_pareto_are_those_of_table_9() -> None:
+    (first,) = (i for i, line in enumerate(HEADERS["pareto"]) if line.startswith("Score:"))
+    said = re.findall(
+        r"(dense|Soft) ([SBH])/(\d+)(?: (\d+)E)? ([\d.]+), (\d+\.\d)", " ".join(HEADERS["pareto"][first : first + 2])
+    )
+    rows = {row.name: row for row in pareto_rows()}
+    assert len(said) == 6
+    for kind, size, patch, experts, jft, shots in said:
+        row = rows[f"vit_{size}{patch}".lower() if kind == "dense" else f"soft_{size}{patch}_{experts}e".lower()]
+        assert (float(jft), float(shots)) == (row.jft_precision, row.imagenet_10shot)
+
+
+def test_scores_with_batch_priority_are_to_the_digit_rows_of_table_9() -> None:
+    """What the header of batch_priority concludes K=2's capacity from."""
+    pattern = r"softmoe train recipe=batch_priority model=(\S+) .*batch_priority=true(?: .*)? \(([\d.]+), ([\d.]+)\)"
+    said = [found.groups() for line in HEADERS["batch_priority"] if (found := re.match(pattern, line))]
+    rows = {row.row: (row.name, str(row.jft_precision), str(row.imagenet_10shot)) for row in pareto_rows()}
+    assert said == [rows[37], rows[49], rows[42], rows[50]]
+
+
 LAPTOP = ["shrink=laptop", "data=synthetic"]
 QUIET = ["observe.wandb.mode=disabled", "observe.progress=off"]
 OTHER_ROUTERS = ["ablations model.moe.router=identity", "placement model.moe.router=experts_choice"]
@@ -89,6 +123,18 @@ def test_every_recipe_can_be_proven_with_every_router(name: str) -> None:
         tree["moe"]["tokens_choice"]["top_k"] = choices
         run = small.model_copy(update={"model": ModelConfig.model_validate(tree)})
         assert run.model.has_experts and [parity_problems(run, size, size) for size in sizes] == [[], []], router
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("recompute", "said"), [("none", r"has ([\d.]+) GiB"), ("block", r"and ([\d.]+) GiB with .*=block")]
+)
+def test_the_largest_model_needs_on_64_ranks_what_jft_long_says(recompute: str, said: str) -> None:
+    found = re.search(said, " ".join(HEADERS["jft_long"]))
+    assert found is not None
+    run = of_recipe("recipe=jft_long", "model=soft_h14_256e", f"parallel.recompute={recompute}")
+    peak = make_plan(run, 64, 8, axes=False).rehearsed.peak
+    assert f"{peak / 2**30:.1f}" == found.group(1)
 
 
 @pytest.mark.full
