@@ -122,11 +122,6 @@ class MoEConfig(Record):
                 f"model.moe.sparse.capacity_factor={self.sparse.capacity_factor:g} gives {self.num_experts} experts no slot for a group "
                 f"of {self.group_images} x {num_tokens} tokens; use {least:.3g} or more"
             )
-        if self.is_sparse and self.choices * self.sparse.capacity_factor > self.num_experts:
-            problems.append(
-                f"model.moe.sparse.capacity_factor={self.sparse.capacity_factor:g} gives each expert more slots than a group has tokens; "
-                f"use {self.num_experts / self.choices:g} or less"
-            )
         if self.router == "soft":
             problems += self._soft_problems()
         slots = self.num_experts * self.slots_per_expert
