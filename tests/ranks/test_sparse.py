@@ -23,8 +23,18 @@ CASES = [
     Case(2, 2, "zero 2", "bfloat16", 1, "moe", TOKENS),
     Case(2, 1, "fsdp", "bfloat16", 1, "none", EXPERTS + PAIRS),
 ]
+# The load loss is steep where noise is small beside bf16's rounding of tokens: in bf16 a proof sees it on any layout.
+IN_BF16 = " model.moe.tokens_choice.load_loss=0.0"
 REST = [
-    Case(ranks, axis, kind, precision, micro_batches, "none", router + group)
+    Case(
+        ranks,
+        axis,
+        kind,
+        precision,
+        micro_batches,
+        "none",
+        router + group + (IN_BF16 if precision == "bfloat16" else ""),
+    )
     for ranks in (1, 2, 4)
     for axis in (1, 2, 4)
     for kind in KINDS
