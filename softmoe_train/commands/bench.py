@@ -3,6 +3,7 @@
 import re
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from softmoe_train.asked import dense_problems
 from softmoe_train.bench.checkpoint import bench_checkpoint, checkpoint_problems
 from softmoe_train.bench.exchange import bench_exchange, exchange_problems
 from softmoe_train.bench.facts import facts_of, sentence_of, write_json
@@ -122,7 +123,11 @@ def _compose(what: str, record: type[M], overrides: list[str], world: World | No
     own, problems = compose_own(record, f"bench_{what}.yaml", ours)
     problems += [problem for override in others for problem in _void_problems(what, override)]
     try:
-        run = compose(RunConfig, others, lambda config: _problems(what, own, config, *ranks(world, config)))
+        run = compose(
+            RunConfig,
+            others,
+            lambda c: _problems(what, own, c, *ranks(world, c)) + dense_problems(c.model, others),
+        )
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if problems or own is None:

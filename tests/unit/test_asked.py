@@ -1,7 +1,15 @@
 """What was asked for and would do nothing, or something else."""
 
+from collections.abc import Callable
+
+import pytest
+
 from softmoe_train.asked import dense_problems, unread
-from softmoe_train.config import compose
+from softmoe_train.commands.bench import bench
+from softmoe_train.commands.parity import parity
+from softmoe_train.commands.plan import plan
+from softmoe_train.commands.train import train
+from softmoe_train.config import ConfigError, compose
 from softmoe_train.settings import RunConfig
 
 
@@ -33,3 +41,22 @@ def test_a_dense_model_that_a_recipe_would_give_experts_is_refused() -> None:
     assert told("recipe=debug", "model=vit_s16", "model.moe.blocks=[]") == []
     assert told("recipe=soft_in1k", "model=vit_s16") == []
     assert told("recipe=debug", "model=soft_s16_128e") == []
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": lambda overrides: train(overrides, print_only=False),
+    "plan": plan,
+    "parity": parity,
+    "bench step": lambda overrides: bench("step", overrides),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_it_before_anything_starts(verb: str) -> None:
+    with pytest.raises(ConfigError, match="model=vit_ti16 has no experts, but the recipe"):
+        VERBS[verb](["recipe=debug", "model=vit_ti16"])
+
+
+def test_a_plan_tells_what_is_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(["recipe=debug", "model.moe.sparse.group_images=3"])
+    assert "softmoe plan: model.moe.sparse.group_images changes nothing" in capsys.readouterr().err
