@@ -71,7 +71,9 @@ def test_what_is_dropped_or_empty_is_reported(runs: dict[str, Any]) -> None:
 def test_two_ranks_go_on_with_the_same_groups_noise_and_measures(runs: dict[str, Any], tmp_path: Path) -> None:
     moved = Path(shutil.copytree(runs["cut"], tmp_path / "moved"))
     more = ["processes=2", "micro_batches=2", "parallel.sharding=fsdp", f"run_dir={moved}"]
-    softmoe(*SHORT, f"model.moe.router={runs['router']}", *more, folder=tmp_path)
+    idle = "model.moe.slots_per_expert=2"  # as it is
+    done = softmoe(*SHORT, f"model.moe.router={runs['router']}", idle, *more, folder=tmp_path)
+    assert done.stderr.count("model.moe.slots_per_expert changes nothing") == 1, "told once, by one rank"
     for name in (*MEASURES, "upstream/test/top1"):
         want, got = metrics(runs["whole"], name), metrics(moved, name)
         assert want.keys() == got.keys()
