@@ -23,6 +23,7 @@ from softmoe_train.model.keyed import image_keys, normal
 from softmoe_train.model.moe import MoE, build_router
 from softmoe_train.model.routing import Routing
 from tests.models import moe_config
+from tests.studies.options import options_of
 
 IMAGES = 8  # that each number is a mean over
 EXPERTS = 128
@@ -220,8 +221,7 @@ def _plot(axes: Any, widths: list[int], line: list[Both], **style: Any) -> None:
 def main(words: list[str]) -> int:
     """The study as a program."""
     options = {"widths": "96,192,384,768,1536", "tokens": "64,256,1024", "steps": "100", "seed": "0"}
-    options |= {"picture": "normalisation.png", "table": "normalisation.md"}
-    options |= dict(word.split("=", 1) for word in words)
+    options = options_of(words, {**options, "picture": "normalisation.png", "table": "normalisation.md"})
     widths, tokens = ([int(n) for n in options[key].split(",")] for key in ("widths", "tokens"))
     found = study(widths, tokens, int(options["steps"]), int(options["seed"]))
     lines = table(found, widths, tokens)

@@ -33,3 +33,10 @@ def test_the_program_writes_a_table_and_a_picture(tmp_path: Path) -> None:
     lines = table.read_text().splitlines()
     assert [len([line for line in lines if line.startswith(f"| {width} |")]) for width in (16, 32)] == [3, 3]
     assert lines[-1].count("|") == len(CHOICES) + 2
+
+
+def test_a_word_that_is_no_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        main(["out=x.json", "tokens=64", "widths"])
+    assert exit_code.value.code == 2
+    assert "out=x.json widths: there is no such option" in capsys.readouterr().err

@@ -9,12 +9,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from softmoe_train.config import compose
 from softmoe_train.dist import World
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
+from tests.studies.options import options_of
 
 DENSE, SOFT = ["model.moe.blocks=[]"], ["model.moe.expert_init=independent"]
 WARM = ["warm=weights", "warm.source={dense}"]
@@ -101,9 +101,9 @@ def draw(curves: dict[str, Curve], steps: int, path: str) -> None:
 
 def main(words: list[str]) -> int:
     """The study as a program."""
-    options: dict[str, Any] = {"steps": "400", "more": "300", "seed": "0", "out": "", "picture": "upcycle.png"}
-    options |= dict(word.split("=", 1) for word in words)
-    if "data" not in options:
+    known = {"data": "", "steps": "400", "more": "300", "seed": "0", "out": "", "picture": "upcycle.png"}
+    options = options_of(words, known)
+    if not options["data"]:
         say("data=FOLDER is needed: where cifar10-train-*.tar and cifar10-test-*.tar lie")
         return 2
     steps, more, folder = int(options["steps"]), int(options["more"]), Path(tempfile.mkdtemp(prefix="upcycle_"))
