@@ -116,7 +116,9 @@ def as_worker(name: str, work: Callable[[World], int]) -> int:
             said = no_memory(name, error)
             if said is None:
                 raise
-            print(f"softmoe {name}: rank {world.rank}: {said}", file=sys.stderr, flush=True)
+            # One write with its newline: every rank may say it at once, and workers are not buffered.
+            sys.stderr.write(f"softmoe {name}: rank {world.rank}: {said}\n")
+            sys.stderr.flush()
             return NO_MEMORY
 
     return run_worker(told)
