@@ -23,11 +23,11 @@ from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.records import ModelConfig
 from softmoe_train.observe.log import ObserveConfig
-from softmoe_train.observe.redact import without_secrets
 from softmoe_train.optim.average import AverageConfig
 from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
 from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems, listed
+from softmoe_train.redact import without_secrets
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.start import warm_problems
 

@@ -13,7 +13,7 @@ from softmoe_train.checkpoint.remote import Place, driver_problem, place_of, pla
 from softmoe_train.checkpoint.store import read_documents
 from softmoe_train.checkpoint.verify import verify
 from softmoe_train.config import JsonOut, Record
-from softmoe_train.observe.redact import without_secrets
+from softmoe_train.redact import without_secrets
 
 KINDS = ("model", "optimizer", "average")
 

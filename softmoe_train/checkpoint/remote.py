@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 
 import fsspec
 
-from softmoe_train.observe.redact import without_secrets
+from softmoe_train.redact import without_secrets
 
 URL = re.compile(r"(?P<kind>[a-zA-Z][a-zA-Z0-9+.-]*):(?P<slashes>/{0,2})(?P<rest>.*)")
 READ_AHEAD = 16 * 2**20  # bytes of one request

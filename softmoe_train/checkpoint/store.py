@@ -56,7 +56,7 @@ from softmoe_train.checkpoint.staging import Staging
 from softmoe_train.checkpoint.writer import write_tensors
 from softmoe_train.config import Record
 from softmoe_train.dist import PendingMax
-from softmoe_train.observe.redact import without_secrets
+from softmoe_train.redact import without_secrets
 
 T = TypeVar("T")
 Kept = tuple[int | None, int | None]  # the best step, and the step before which the newest is kept too

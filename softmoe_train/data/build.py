@@ -1,8 +1,10 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
 from softmoe_train.data.batch import ImageStream
+from softmoe_train.data.index import index_shards
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
+from softmoe_train.data.places import expand_shards
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import (
     DataConfig,
@@ -12,7 +14,6 @@ from softmoe_train.data.records import (
     TransformConfig,
     WebDatasetConfig,
 )
-from softmoe_train.data.shards import expand_shards, index_shards
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
 from softmoe_train.data.transforms import build_transform, check_transform

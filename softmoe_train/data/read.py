@@ -1,7 +1,6 @@
 """This file owns reading one stored sample: its bytes at an offset, its decoded picture and its label."""
 
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,12 +10,11 @@ from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Broken
 from softmoe_train.data.decode import UnreadableSampleError, decode_image
-from softmoe_train.data.shards import Samples, Shard, samples_of
+from softmoe_train.data.index import Samples, Shard, samples_of
+from softmoe_train.data.labels import MAX_LABEL_BYTES, classes_of
 
 _OPEN_FILES = 64
 _KEPT_INDEXES = 256
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_MAX_LABEL_BYTES = 1 << 20
 
 Kept = TypeVar("Kept")
 
@@ -38,10 +36,10 @@ class SampleReader:
     def read(self, shard: int, index: int) -> tuple[NDArray[np.uint8], list[int]]:
         """The picture (H x W x 3) and the labels of a sample; raises UnreadableSampleError with the reason."""
         samples = self._samples(shard)
-        label = self._bytes(shard, samples.labels[index], _MAX_LABEL_BYTES, "label (.cls)")
-        classes = self._classes(label)
+        label = self._bytes(shard, samples.where["cls"][index], MAX_LABEL_BYTES, "label (.cls)")
+        classes = classes_of(label, labels=self.labels, num_classes=self.num_classes)
         # Raw pixels at 16 bits are the most that a picture within the limit can take.
-        picture = self._bytes(shard, samples.images[index], 6 * self.max_pixels + (1 << 20), "picture")
+        picture = self._bytes(shard, samples.where["image"][index], 6 * self.max_pixels + (1 << 20), "picture")
         return decode_image(picture, max_pixels=self.max_pixels), classes
 
     def describe(self, shard: int, index: int, reason: str) -> Broken:
@@ -50,29 +48,12 @@ class SampleReader:
 
     def name(self, shard: int, index: int) -> tuple[str, str]:
         """The base name of a sample's shard, and its key there."""
-        return os.path.basename(self.shards[shard].path), self._samples(shard).keys[index]
+        return os.path.basename(self.shards[shard].path), self._samples(shard).key(index)
 
     def close(self) -> None:
         """Close every file."""
         while self._files:
             os.close(self._files.popitem()[1])
-
-    def _classes(self, label: bytes) -> list[int]:
-        words = label[:_MAX_LABEL_BYTES].decode("ascii", "replace").split()
-        if (
-            not words
-            or not all(_INTEGER.fullmatch(word) for word in words)
-            or (self.labels == "hard" and len(words) > 1)
-        ):
-            wanted = "one integer" if self.labels == "hard" else "integers"
-            raise UnreadableSampleError(
-                f"label {label[:40].decode(errors='replace')!r} is not {wanted} (data.labels={self.labels})"
-            )
-        classes = [int(word) for word in words]
-        if min(classes) < 0 or max(classes) >= self.num_classes:
-            limit = f"0 to {self.num_classes - 1} (model.num_classes={self.num_classes})"
-            raise UnreadableSampleError(f"label {label[:40].decode(errors='replace')!r} is outside {limit}")
-        return classes
 
     def _bytes(self, shard: int, where: NDArray[np.int64], limit: int, what: str) -> bytes:
         offset, size = where.tolist()

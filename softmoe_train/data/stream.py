@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 
 from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
+from softmoe_train.data.index import data_hash
 from softmoe_train.data.keyed import Draws
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
 from softmoe_train.data.randaugment import rand_augment
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
-from softmoe_train.data.shards import data_hash
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from softmoe_train.config import Record
-from softmoe_train.observe.redact import without_secrets
 from softmoe_train.observe.run_files import Line
+from softmoe_train.redact import without_secrets
 
 BLOCK = 32768  # bytes; a .wandb file is a LevelDB log: blocks of records with a header of checksum, length and type
 HEADER = 7  # bytes, both of the file and of a record

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from softmoe_train.data import SyntheticConfig
-from softmoe_train.data.shards import expand_shards, index_shards
+from softmoe_train.data.index import index_shards
+from softmoe_train.data.places import expand_shards
 from softmoe_train.settings import RunConfig
 
 

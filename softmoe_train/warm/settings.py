@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from softmoe_train.config import Record
-from softmoe_train.observe.redact import without_secrets
+from softmoe_train.redact import without_secrets
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 NPZ, SAFETENSORS = ".npz", ".safetensors"

@@ -19,7 +19,7 @@ from softmoe_train.checkpoint.manifest import StoredTensor
 from softmoe_train.checkpoint.reader import check_hashes, file_faults
 from softmoe_train.checkpoint.remote import place_of
 from softmoe_train.checkpoint.shards import read_part
-from softmoe_train.observe.redact import without_secrets
+from softmoe_train.redact import without_secrets
 from softmoe_train.warm.lazy import Lazy, window
 from softmoe_train.warm.npz import read_npz
 from softmoe_train.warm.settings import NPZ, SAFETENSORS, WarmConfig

@@ -14,7 +14,7 @@ from softmoe_train.checkpoint.layout import Box, local_box
 from softmoe_train.engine.protocol import Engine
 from softmoe_train.model.records import ModelConfig
 from softmoe_train.model.vit import build_model
-from softmoe_train.observe.redact import without_secrets
+from softmoe_train.redact import without_secrets
 from softmoe_train.warm.lazy import Lazy
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.sources import Source, opened_source

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from softmoe_train.data import build_eval_stream
-from softmoe_train.data.shards import data_hash, expand_shards, index_shards
+from softmoe_train.data.index import data_hash, index_shards
+from softmoe_train.data.places import expand_shards
 from tests.unit.data.conftest import encoded, settings
 
 MAKING = Path(__file__).resolve().parents[3] / "data"

@@ -1,5 +1,6 @@
 """Specifications name shards, indexes are made once, and nothing in a shard's name or content runs."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -8,9 +9,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import xxhash
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from softmoe_train.data.shards import Shard, data_hash, expand_shards, index_shards, samples_of
+from softmoe_train.data.index import Shard, data_hash, index_shards, samples_of
+from softmoe_train.data.places import expand_shards
 from tests.unit.data.conftest import write_tar
 
 
@@ -91,10 +94,29 @@ def test_members_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
     ]
     path = write_tar(tmp_path / "s.tar", members)
     samples = samples_of(index(path)[0])
-    assert samples.keys == ["x/one", "two"]
-    assert [bytes_at(path, where) for where in samples.images.tolist()] == [b"picture", b"second"]
-    assert bytes_at(path, samples.labels[0].tolist()) == b"3"
-    assert samples.labels[1].tolist() == [-1, -1]
+    assert samples.keys() == ["x/one", "two"]
+    assert [bytes_at(path, where) for where in samples.where["image"].tolist()] == [b"picture", b"second"]
+    assert bytes_at(path, samples.where["cls"][0].tolist()) == b"3"
+    assert samples.where["cls"][1].tolist() == [-1, -1]
+
+
+def test_each_part_of_a_sample_has_its_place_and_the_hash_of_its_bytes(tmp_path: Path) -> None:
+    large = bytes(range(256)) * 10_000
+    members = [("a.png", large), ("a.txt", b"a caption"), ("b.jpg", b""), ("b.json", b"{}"), ("b.cls", b"7")]
+    path = write_tar(tmp_path / "s.tar", members)
+    [shard] = index(path)
+    samples, data = samples_of(shard), path.read_bytes()
+    found = {}
+    for part, where in samples.where.items():
+        for number, (start, size) in enumerate(where.tolist()):
+            if start >= 0:
+                found[samples.key(number), part] = data[start : start + size]
+                expected = xxhash.xxh3_64(found[samples.key(number), part]).digest()
+                assert int(samples.sums[part][number]).to_bytes(8, "big", signed=True) == expected
+    assert found == {
+        ("a", "image"): large, ("a", "txt"): b"a caption", ("b", "image"): b"", ("b", "json"): b"{}", ("b", "cls"): b"7"
+    }  # fmt: skip
+    assert shard.sha256 == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["omniglot40-test", "flowers5-test", "coco-captions"])
@@ -103,11 +125,11 @@ def test_real_shards_are_indexed_as_webdataset_reads_them(shared: Path, name: st
     with path.open("rb") as file:
         truth = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])))
     samples = samples_of(index(path)[0])
-    assert samples.keys == [one["__key__"] for one in truth]
+    assert samples.keys() == [one["__key__"] for one in truth]
     images = [one.get("jpg", one.get("png")) for one in truth]
     data = path.read_bytes()
-    assert [data[start : start + size] for start, size in samples.images.tolist()] == images
-    labels = [None if start < 0 else data[start : start + size] for start, size in samples.labels.tolist()]
+    assert [data[start : start + size] for start, size in samples.where["image"].tolist()] == images
+    labels = [None if start < 0 else data[start : start + size] for start, size in samples.where["cls"].tolist()]
     assert labels == [one.get("cls") for one in truth]
 
 
@@ -116,8 +138,8 @@ def test_long_names_are_read_whole(tmp_path: Path, style: int) -> None:
     key = "/".join(["folder-with-a-long-name" * 4] * 4 + ["é" * 60])
     path = write_tar(tmp_path / "long.tar", [(f"{key}.cls", b"1"), (f"{key}.png", b"picture")], format=style)
     samples = samples_of(index(path)[0])
-    assert samples.keys == [key]
-    assert bytes_at(path, samples.images[0].tolist()) == b"picture"
+    assert samples.keys() == [key]
+    assert bytes_at(path, samples.where["image"][0].tolist()) == b"picture"
 
 
 @pytest.mark.parametrize("cut", [300, 512, 1024, 1300, 2047, 2048])
@@ -161,10 +183,10 @@ def test_a_fifo_is_refused_before_it_is_opened(tmp_path: Path) -> None:
 def test_an_index_is_made_once_and_again_when_the_file_changes(tmp_path: Path, index_cache: Path) -> None:
     path = write_tar(tmp_path / "s.tar", [("a.cls", b"1")])
     first = index(path)[0]
-    cached = list(index_cache.rglob("*.jsonl"))
+    cached = list(index_cache.rglob("*.safetensors"))
     stamp = cached[0].stat().st_mtime_ns
     assert index(path) == [first]
-    assert [file.stat().st_mtime_ns for file in index_cache.rglob("*.jsonl")] == [stamp]
+    assert [file.stat().st_mtime_ns for file in index_cache.rglob("*.safetensors")] == [stamp]
     write_tar(path, [("a.cls", b"1"), ("b.cls", b"2")])
     assert index(path)[0].count == 2
     with pytest.raises(ValueError, match="has changed since"):
@@ -175,10 +197,10 @@ def test_an_index_is_made_once_and_again_when_the_file_changes(tmp_path: Path, i
 def test_a_cut_off_cache_file_is_made_again(tmp_path: Path, index_cache: Path, kept: int) -> None:
     path = write_tar(tmp_path / "s.tar", [("a.cls", b"1")])
     first = index(path)
-    [cached] = index_cache.rglob("*.jsonl")
-    cached.write_text(cached.read_text()[:kept])
+    [cached] = index_cache.rglob("*.safetensors")
+    cached.write_bytes(cached.read_bytes()[:kept])
     assert index(path) == first
-    assert samples_of(first[0]).keys == ["a"]
+    assert samples_of(first[0]).keys() == ["a"]
 
 
 def test_without_a_place_for_the_cache_the_remedy_is_named(tmp_path: Path, monkeypatch) -> None:
@@ -188,13 +210,14 @@ def test_without_a_place_for_the_cache_the_remedy_is_named(tmp_path: Path, monke
         index(write_tar(tmp_path / "s.tar", [("a.cls", b"1")]))
 
 
-def test_the_cache_belongs_to_the_owner_alone_and_holds_only_json(tmp_path: Path, index_cache: Path) -> None:
+def test_the_cache_belongs_to_the_owner_alone_and_holds_only_tensors(tmp_path: Path, index_cache: Path) -> None:
     index(write_tar(tmp_path / "s.tar", [("a.cls", b"1")]))
-    [cached] = index_cache.rglob("*.jsonl")
+    [cached] = index_cache.rglob("*.safetensors")
     assert cached.parent == index_cache / "softmoe_train" / "index"
     assert cached.parent.stat().st_mode & 0o077 == 0
     assert cached.stat().st_mode & 0o077 == 0
-    assert len([json.loads(line) for line in cached.read_text().splitlines()]) == 2
+    header = cached.read_bytes()[8 : 8 + int.from_bytes(cached.read_bytes()[:8], "little")]
+    assert {"keys", "key_ends", "image", "image_sums"} <= json.loads(header).keys()
 
 
 def test_a_cache_folder_that_others_can_write_is_refused(tmp_path: Path, index_cache: Path) -> None:
@@ -257,7 +280,7 @@ def test_no_member_name_or_environment_variable_runs_anything(tmp_path: Path, mo
         with pytest.raises(ValueError, match=r"data\.train"):
             expand_shards(spec, key="data.train")
     [shard] = index_shards(expand_shards(".", key="data.train"))
-    assert samples_of(shard).keys == ["a"]
+    assert samples_of(shard).keys() == ["a"]
     assert not any(mark.exists() for mark in marks)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from softmoe_train.observe.redact import REDACTED, without_secrets
+from softmoe_train.redact import REDACTED, without_secrets
 
 
 @pytest.mark.parametrize(
