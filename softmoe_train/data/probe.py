@@ -1,6 +1,7 @@
 """This file owns what the header of a picture says: its format, size and number of frames, without decoding a pixel."""
 
 import io
+import re
 import warnings
 from typing import NamedTuple
 
@@ -37,6 +38,9 @@ def probe(data: bytes) -> Header:
                 return Header(_SUFFIXES[str(picture.format)], picture.height, picture.width, frames)
     except UnidentifiedImageError:  # its message holds a memory address
         raise UnreadableSampleError("not a readable picture (neither JPEG, PNG, WebP nor PNM)") from None
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\((\d+) pixels", str(error))
+        raise UnreadableSampleError(f"a decompression bomb ({pixels[1] if pixels else 'too many'} pixels)") from None
     except MemoryError:
         raise
     except Exception as error:  # parsers raise a dozen types on damaged bytes, and each means the same
