@@ -48,7 +48,9 @@ class Shard(NamedTuple):
     count: int
     sha256: str
     size: int
-    mtime_ns: int
+    mtime_ns: int  # 0 where it is at a URL
+    index_sha256: str | None = None  # of its published index file; None where the index was made here
+    index_size: int = 0  # bytes
 
 
 class Samples:
@@ -59,6 +61,7 @@ class Samples:
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
         self._keys, self._ends = tensors["keys"].numpy(), tensors["key_ends"].numpy()
         self.where: dict[str, NDArray[np.int64]] = {part: tensors[part].numpy() for part in PARTS}
         self.sums: dict[str, NDArray[np.int64]] = {part: tensors[f"{part}_sums"].numpy() for part in PARTS}
