@@ -24,6 +24,7 @@ from softmoe_train.faults.step_watch import StepWatch
 from softmoe_train.model.routing import MEASURES
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter
+from softmoe_train.plain import plain
 
 logger = logging.getLogger(__name__)
 
@@ -259,5 +260,5 @@ def _routing_metrics(blocks: Sequence[int], told: Tensor | None) -> dict[str, fl
 def _name_broken(batch: Batch) -> int:
     for sample in batch.broken:
         # Not through the run's log: that is rank 0's, and every rank reads samples of its own.
-        logger.warning("replaced a broken sample: %s %s: %s", sample.shard, sample.key, sample.reason)
+        logger.warning("replaced a broken sample: %s %s: %s", *map(plain, sample))
     return len(batch.broken)

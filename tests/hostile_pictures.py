@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,12 @@ def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2
 def zeros(count: int) -> bytes:
     """A stream of so many zeros: a thousandth of them."""
     return zlib.compress(bytes(count), 9)
+
+
+@cache
+def swollen() -> bytes:
+    """A stream of 128 MiB in 128 KiB."""
+    return zeros(1 << 27)
 
 
 def segment(marker: int, body: bytes) -> bytes:
@@ -144,21 +151,17 @@ PICTURES: dict[str, Callable[[Draw], bytes]] = {
     "PNG of negative size": lambda _: png(-1, -1, chunk(b"IDAT", zeros(1000))),
     "PNG of no size": lambda _: png(0, 0, chunk(b"IDAT", zeros(1000))),
     "PNG of a long line": lambda _: png(999_999, 1, chunk(b"IDAT", zeros(3_000_000))),
-    "PNG that unpacks to a gigabyte": lambda _: png(100, 100, chunk(b"IDAT", GIGABYTE)),
-    "PNG with a swollen zTXt": lambda _: png(9, 9, chunk(b"zTXt", b"a\0\0" + GIGABYTE), chunk(b"IDAT", zeros(300))),
+    "PNG that unpacks to far more than its pixels": lambda _: png(100, 100, chunk(b"IDAT", swollen())),
+    "PNG with a swollen zTXt": lambda _: png(9, 9, chunk(b"zTXt", b"a\0\0" + swollen()), chunk(b"IDAT", zeros(300))),
     "PNG with a swollen iTXt": lambda _: png(
-        9, 9, chunk(b"iTXt", b"a\0\1\0\0\0" + GIGABYTE), chunk(b"IDAT", zeros(300))
+        9, 9, chunk(b"iTXt", b"a\0\1\0\0\0" + swollen()), chunk(b"IDAT", zeros(300))
     ),
-    "PNG with a swollen profile": lambda _: png(
-        9, 9, chunk(b"iCCP", b"a\0\0" + GIGABYTE), chunk(b"IDAT", zeros(300))
-    ),
+    "PNG with a swollen profile": lambda _: png(9, 9, chunk(b"iCCP", b"a\0\0" + swollen()), chunk(b"IDAT", zeros(300))),
     "PNG with ten thousand texts": lambda _: png(
         9, 9, chunk(b"zTXt", b"a\0\0" + zeros(900_000)) * 10_000, chunk(b"IDAT", zeros(300))
     ),
     "PNG with a swollen EXIF": swollen_exif_in_png,
-    "interlaced PNG of a megapixel": lambda _: png(
-        1000, 1000, chunk(b"IDAT", zeros(5_000_000)), depth=16, interlace=1
-    ),
+    "interlaced PNG of a megapixel": lambda _: png(1000, 1000, chunk(b"IDAT", zeros(5_000_000)), depth=16, interlace=1),
     "PNG of an unknown chunk": lambda draw: png(9, 9, chunk(b"ABCD", draw.bytes(50)), chunk(b"IDAT", zeros(300))),
     "PNG with escapes in a chunk's name": lambda _: png(9, 9, chunk(b"\x1b[2J", b""), chunk(b"IDAT", zeros(300))),
     "JPEG of a billion pixels": lambda draw: measured(picture(draw, "jpg"), HUGE, HUGE),
@@ -194,7 +197,6 @@ PICTURES: dict[str, Callable[[Draw], bytes]] = {
     "PNM in letters": lambda _: b"P3 500 500 255\n" + b"7 " * 750_000,
     "PFM of nonsense": lambda draw: b"Pf 9 9 nan\n" + draw.bytes(324),
 }
-GIGABYTE = zeros(1 << 30)
 
 LABELS: dict[str, bytes] = {
     "empty": b"",

@@ -1,7 +1,5 @@
 """This file owns hostile shards: a good tar that is damaged blindly, forged knowingly, or given hostile members, drawn from a number."""
 
-import io
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,11 +26,15 @@ class Hostile:
 Member = tuple[bytes, bytes]  # header block(s), data with its padding
 
 
-def header(name: bytes, size: int | bytes, kind: bytes = b"0", *, link: bytes = b"", forged: int | None = None) -> bytes:
+def header(
+    name: bytes, size: int | bytes, kind: bytes = b"0", *, link: bytes = b"", forged: int | None = None
+) -> bytes:
     """One header block of a tar, with a right checksum unless another is forged."""
     octal = size if isinstance(size, bytes) else b"%011o\0" % size
     assert len(octal) == 12, octal
-    block = bytearray(name[:100].ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + octal + b"00000000000\0" + b" " * 8)
+    block = bytearray(
+        name[:100].ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + octal + b"00000000000\0" + b" " * 8
+    )
     block += kind + link[:100].ljust(100, b"\0") + b"ustar\x0000"
     block += bytes(BLOCK - len(block))
     block[148:156] = b"%06o\0 " % (sum(block) if forged is None else forged)
@@ -205,12 +207,17 @@ def long_headers(draw: Draw) -> bytes:
         lambda: pax((b"path", b"x.png")) * DEEP,
         lambda: pax((b"comment", b"c"), kind=b"g") * DEEP,
         lambda: b"".join(pax((b"k%d" % i, b"v" * 300), kind=b"g") + member(b"note", b"") for i in range(DEEP)),
-        lambda: pax((b"path", b"x.png"), kind=b"g"),
-        lambda: pax((b"size", b"3"), kind=b"g"),
         lambda: member(b"././@LongLink", b"", b"L"),
         lambda: header(b"pax", 0, b"x"),
     ]  # fmt: skip
     return ways[draw.integers(len(ways))]() + own
+
+
+def for_all(draw: Draw) -> bytes:
+    """A global header that speaks for all members behind it: there are none of ours."""
+    records = [(b"path", b"x.png"), (b"size", b"3"), (b"size", b"-1"), (b"linkpath", b"x"), (b"hdrcharset", b"BINARY")]
+    own = member(b"x.png", picture(draw, "png")) + member(b"x.cls", b"1")
+    return pax(records[draw.integers(len(records))], kind=b"g") + own
 
 
 def checksummed(draw: Draw) -> bytes:
@@ -246,7 +253,7 @@ def labelled(draw: Draw) -> tuple[str, bytes]:
     return f"label: {what}", member(b"x.cls", LABELS[what]) + member(b"x.png", picture(draw, "png"))
 
 
-FORGED = [named, sized, other_kind, sparse, long_headers, checksummed, duplicate, many]
+FORGED = [named, sized, other_kind, sparse, long_headers, for_all, checksummed, duplicate, many]
 
 
 def hostile(number: int) -> Hostile:
@@ -261,7 +268,11 @@ def hostile(number: int) -> Hostile:
             return Hostile(number, f"blind: {damage.__name__}", data, keys, frozenset())
         case 2 | 3:
             forge = FORGED[number // 7 % len(FORGED)]
-            what, blocks, there = f"forged: {forge.__name__}", forge(draw), keys
+            what, blocks, there = (
+                f"forged: {forge.__name__}",
+                forge(draw),
+                keys | ({"x"} if forge is other_kind else set()),
+            )
         case 4 | 5:
             what, blocks = pictured(draw)
             there = keys | {"x"}
@@ -269,14 +280,8 @@ def hostile(number: int) -> Hostile:
             what, blocks = labelled(draw)
             there = keys | {"x"}
     order = list(samples)
-    at = int(draw.integers(SAMPLES + 1))
-    parts = [part for key in order[:at] for part in samples[key]] + [blocks] + [p for k in order[at:] for p in samples[k]]
+    at = SAMPLES if what.endswith("for_all") else int(draw.integers(SAMPLES + 1))
+    parts = (
+        [part for key in order[:at] for part in samples[key]] + [blocks] + [p for k in order[at:] for p in samples[k]]
+    )
     return Hostile(number, what, b"".join(parts) + bytes(2 * BLOCK), there, keys)
-
-
-def by_hand(data: bytes) -> set[str]:
-    """The keys of regular members in a tar that is sound, as tarfile itself reads it."""
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        return {one.name.partition(".")[0] for one in tar if one.isreg()}
-
-

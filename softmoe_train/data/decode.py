@@ -6,15 +6,24 @@ first picture counts.
 """
 
 import io
+import warnings
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from softmoe_train.data.headers import (
+    costs_too_much,
+    exif_orientation,
+    jpeg_orientation,
+    pnm_problem,
+    xmp_orientation,
+)
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
-_EXIF_WITHIN = 1 << 17  # bytes from the start of a JPEG in which its EXIF block is looked for
-_ORIENTATION = 0x0112
+_EIGHT_BITS = ((np.arange(1 << 16) * 255 + 32767) // 65535).astype(np.uint8)  # of 16
 
 
 class UnreadableSampleError(Exception):
@@ -27,11 +36,18 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         image = _decode_jpeg(data, max_pixels)
         if image is not None:
             return image
+    problem = pnm_problem(data)
+    if problem is not None:
+        raise UnreadableSampleError(problem)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            _check_size(picture.height, picture.width, max_pixels)
-            orientation = picture.getexif().get(_ORIENTATION, 1)
-            return _upright(_to_rgb(picture), orientation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it says of damaged metadata, by the thousand, changes nothing here
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+                _check_size(picture.height, picture.width, max_pixels)
+                _check_cost(data, picture.height * picture.width, max_pixels)
+                return _upright(_to_rgb(picture), _orientation(picture.info))
+    except Image.DecompressionBombError:  # Pillow's own limit, looked at before ours
+        raise UnreadableSampleError(f"it has more pixels than Pillow or data.max_pixels={max_pixels} allow") from None
     except (UnreadableSampleError, MemoryError):
         raise
     except UnidentifiedImageError:  # its message holds a memory address
@@ -47,13 +63,26 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
         _check_size(int(height), int(width), max_pixels)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
             return None
+        _check_cost(data, int(height) * int(width), max_pixels)
         image = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
-    if data.find(b"Exif\0\0", 0, _EXIF_WITHIN) < 0:
-        return image
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-        return _upright(image, picture.getexif().get(_ORIENTATION, 1))
+    return _upright(image, jpeg_orientation(data))
+
+
+def _orientation(info: dict[str | tuple[int, int], Any]) -> int:
+    """Which way is up, by what Pillow has found beside the pixels."""
+    exif = info.get("exif")
+    if exif is None and "Raw profile type exif" in info:
+        exif = bytes.fromhex("".join(info["Raw profile type exif"].split("\n")[3:]))
+    xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
+    return exif_orientation(exif or b"") or xmp_orientation(xmp.encode() if isinstance(xmp, str) else xmp)
+
+
+def _check_cost(data: bytes, pixels: int, max_pixels: int) -> None:
+    problem = costs_too_much(data, pixels, max_pixels)
+    if problem is not None:
+        raise UnreadableSampleError(problem)
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -63,8 +92,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode.startswith("I"):  # 16-bit gray: "I;16", or "I" in older Pillow
-        gray = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        gray = ((gray * 255 + 32767) // 65535).astype(np.uint8)
+        gray = _EIGHT_BITS[np.asarray(picture).clip(0, 65535)]
         return np.repeat(gray[:, :, None], 3, axis=2)
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # straight to RGB warns

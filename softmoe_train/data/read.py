@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Broken
 from softmoe_train.data.decode import UnreadableSampleError, decode_image
-from softmoe_train.data.index import Samples, Shard, samples_of
+from softmoe_train.data.index import Samples, Shard, samples_of, sum_of
 from softmoe_train.data.labels import MAX_LABEL_BYTES, classes_of
+from softmoe_train.plain import plain
 
 _OPEN_FILES = 64
 _KEPT_INDEXES = 256
@@ -36,10 +37,10 @@ class SampleReader:
     def read(self, shard: int, index: int) -> tuple[NDArray[np.uint8], list[int]]:
         """The picture (H x W x 3) and the labels of a sample; raises UnreadableSampleError with the reason."""
         samples = self._samples(shard)
-        label = self._bytes(shard, samples.where["cls"][index], MAX_LABEL_BYTES, "label (.cls)")
+        label = self._bytes(shard, samples, "cls", index, MAX_LABEL_BYTES, "label (.cls)")
         classes = classes_of(label, labels=self.labels, num_classes=self.num_classes)
         # Raw pixels at 16 bits are the most that a picture within the limit can take.
-        picture = self._bytes(shard, samples.where["image"][index], 6 * self.max_pixels + (1 << 20), "picture")
+        picture = self._bytes(shard, samples, "image", index, 6 * self.max_pixels + (1 << 20), "picture")
         return decode_image(picture, max_pixels=self.max_pixels), classes
 
     def describe(self, shard: int, index: int, reason: str) -> Broken:
@@ -55,25 +56,38 @@ class SampleReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _bytes(self, shard: int, where: NDArray[np.int64], limit: int, what: str) -> bytes:
-        offset, size = where.tolist()
+    def _bytes(self, shard: int, samples: Samples, part: str, index: int, limit: int, what: str) -> bytes:
+        offset, size = samples.where[part][index].tolist()
         if offset < 0:
             raise UnreadableSampleError(f"it has no {what}")
         if size > limit:
             raise UnreadableSampleError(f"its {what} is {size} bytes, more than {limit}")
-        data = os.pread(self._file(shard), size, offset)
+        file = self._file(shard)
+        try:
+            data = os.pread(file, size, offset)
+        except OSError as error:  # of the disk, in the place where this sample lies
+            raise UnreadableSampleError(f"its {what} cannot be read ({error.strerror})") from None
         if len(data) != size:
             raise UnreadableSampleError(f"its {what} breaks off after {len(data)} of {size} bytes")
+        if sum_of(data) != samples.sums[part][index]:
+            raise UnreadableSampleError(f"its {what} is not what was indexed: the shard has been changed or damaged")
         return data
 
     def _file(self, shard: int) -> int:
         def open_shard() -> int:
-            file = os.open(self.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
-            facts, known = os.fstat(file), self.shards[shard]
+            known = self.shards[shard]
+            try:
+                # Not to wait for somebody to write, where a pipe has taken the place of the file.
+                file = os.open(known.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError as error:
+                raise ValueError(
+                    f"{plain(known.path)} cannot be read any more ({error.strerror}): shards must stay as they are; start again."
+                ) from None
+            facts = os.fstat(file)
             if (facts.st_size, facts.st_mtime_ns) != (known.size, known.mtime_ns):
                 os.close(file)
                 raise ValueError(
-                    f"{known.path} has changed since this run indexed it: shards must stay as they are; start again."
+                    f"{plain(known.path)} has changed since this run indexed it: shards must stay as they are; start again."
                 )
             return file
 

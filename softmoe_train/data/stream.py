@@ -25,6 +25,7 @@ from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches
+from softmoe_train.plain import plain
 
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
@@ -125,7 +126,7 @@ class _TrainBatches(Dataset[Batch]):
             except UnreadableSampleError:
                 continue
         raise RuntimeError(
-            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {len(others)} "
+            f"sample {plain(first.key)} of {plain(first.shard)} cannot be read ({plain(first.reason)}), and neither can the {len(others)} "
             f"samples that follow it: these shards do not hold what `data` says; check them."
         )
 

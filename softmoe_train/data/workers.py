@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from softmoe_train.data.batch import Batch, Broken
+from softmoe_train.plain import plain
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: De
 
 
 def _too_many(broken: Sequence[Broken], limit: int) -> str:
-    shown = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in broken[-5:])
+    shown = "".join(f"\n  {plain(one.shard)} {plain(one.key)}: {plain(one.reason)}" for one in broken[-5:])
     return (
         f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
         "repair the shards, correct the setting that a reason names, or raise data.max_broken if their loss does not matter."
