@@ -194,7 +194,8 @@ PICTURES: dict[str, Callable[[Draw], bytes]] = {
     "PNM of a number without end": lambda _: b"P6 " + b"9" * 5000 + b" 1 255\n",
     "PNM of a comment without end": lambda _: b"P6 #" + b"x" * 400_000,
     "PNM of negative size": lambda _: b"P6 -5 -5 255\n" + bytes(75),
-    "PNM in letters": lambda _: b"P3 500 500 255\n" + b"7 " * 750_000,
+    "PNM in letters": lambda _: b"P3 200 200 255\n" + b"7 " * 120_000,
+    "PNM in letters without end": lambda _: b"P3 500 500 255\n" + b"7 " * 750_000,
     "PFM of nonsense": lambda draw: b"Pf 9 9 nan\n" + draw.bytes(324),
 }
 

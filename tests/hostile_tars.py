@@ -181,10 +181,10 @@ def long_headers(draw: Draw) -> bytes:
     """A header before a header that is huge, lies, holds nonsense, or has thousands like it behind it."""
     own = member(b"x.png", picture(draw, "png")) + member(b"x.cls", b"1")
     ways: list[Callable[[], bytes]] = [
-        lambda: header(b"pax", 1 << 33, b"x"),
+        lambda: header(b"pax", (1 << 33) - 1, b"x"),
         lambda: header(b"pax", base256(1 << 62), b"x"),
         lambda: header(b"pax", base256(-1), b"x"),
-        lambda: header(b"././@LongLink", 1 << 33, b"L"),
+        lambda: header(b"././@LongLink", (1 << 33) - 1, b"L"),
         lambda: header(b"././@LongLink", base256(1 << 80), b"K"),
         lambda: member(b"././@LongLink", b"x" * (1 << 24) + b".png", b"L"),
         lambda: pax((b"path", b"y" * (1 << 24) + b".png")),
@@ -237,9 +237,9 @@ def duplicate(draw: Draw) -> bytes:
 
 
 def many(draw: Draw) -> bytes:
-    """Thousands of tiny members that are no samples, or samples without pictures."""
+    """Hundreds of tiny members that are no samples, or samples without pictures."""
     suffix = [b"txt", b"seg.png", b"cls", b"json"][draw.integers(4)]
-    return b"".join(member(b"t%d.%s" % (i, suffix), b"1") for i in range(2000))
+    return b"".join(member(b"t%d.%s" % (i, suffix), b"1") for i in range(500))
 
 
 def pictured(draw: Draw) -> tuple[str, bytes]:

@@ -14,7 +14,7 @@ _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _METADATA_WITHIN = 1 << 17  # bytes from the start of a JPEG in which its metadata is looked for
 _SCANS = 500  # of a progressive JPEG; encoders make about ten
 _SCANS_AT_LIMIT = 16  # of one with as many pixels as are allowed: each scan walks over all of them
-_LETTERS = 4 << 20  # bytes of a PNM that writes its pixels as decimal numbers: about four seconds
+_LETTERS = 1 << 20  # bytes of a PNM that writes its pixels as decimal numbers: about a second
 # A magic number, then width and height, each after spaces and comments, near the beginning.
 _PNM = re.compile(rb"P[1-6](?:(?:\s|#[^\n\r]*[\n\r])+[0-9]+){2}\s")
 _PNM_WITHIN = 1 << 16
