@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
+from softmoe_train.data.places import ShardsError
 from softmoe_train.redact import without_secrets
 from softmoe_train.stores import AsyncDriver, own_driver
 
@@ -21,7 +22,7 @@ NOT_THERE = "it is not there: correct the name, or upload it."
 _RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)")
 
 
-class FetchError(ValueError):
+class FetchError(ShardsError):
     """What cannot be read from a URL, and that another try would not mend; the message says what helps."""
 
 
