@@ -15,9 +15,12 @@ import re
 import stat
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +37,8 @@ _MAKE_A_SAMPLE = {*IMAGE_SUFFIXES, "cls"}  # a key with none of these, a README 
 
 _FORMAT = 2  # part of a cache file's name: raise it when the index changes
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
-_CHUNK = 1 << 20  # bytes of one read
+_BLOCK = 1 << 20  # bytes of one read
+_AHEAD = 16  # blocks that may wait to be hashed
 
 
 class Shard(NamedTuple):
@@ -108,13 +112,13 @@ def _load(path: str, *, with_samples: bool) -> tuple[Shard, Samples | None]:
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError(f"{path} is not a regular file: a shard is a tar file; name another.")
     name = json.dumps([_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns])
-    cached = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+    cached = index_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
     try:
         return _read_index(cached, with_samples=with_samples)
     except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or cut off by a full disk
         pass
-    shard, tensors = _make_index(path, facts)
-    _write_atomically(cached, tensors, {"shard": json.dumps(shard._asdict())})
+    shard, tensors = make_index(path, facts)
+    write_index(cached, tensors, {"shard": json.dumps(shard._asdict())})
     return shard, Samples(tensors) if with_samples else None
 
 
@@ -127,7 +131,8 @@ def _read_index(file: Path, *, with_samples: bool) -> tuple[Shard, Samples | Non
     return shard, Samples(tensors) if with_samples else None
 
 
-def _cache_folder() -> Path:
+def index_folder() -> Path:
+    """Where indexes are kept: a folder of the user's own; raises ValueError where there cannot be one."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "softmoe_train", "index")
     remedy = "set XDG_CACHE_HOME to a folder of your own."
     try:
@@ -141,7 +146,8 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_index(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write an index, whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
@@ -152,10 +158,12 @@ def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: di
         raise
 
 
-def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, dict[str, torch.Tensor]]:
+def make_index(path: str, facts: os.stat_result, *, opened: int | None = None) -> tuple[Shard, dict[str, torch.Tensor]]:
+    """Read a tar, which may be `opened` already, to its end; raises ValueError, which names `path`, where it is damaged."""
+    source = path if opened is None else opened
     try:
-        with open(path, "rb") as file:
-            reading = _Reading(file)
+        with open(source, "rb", buffering=0, closefd=opened is None) as file, ThreadPoolExecutor(1) as hashing:
+            reading = _Reading(file, hashing)
             groups = [
                 group for group in group_by_keys(_members(reading, facts.st_size)) if _MAKE_A_SAMPLE & group.keys()
             ]
@@ -194,7 +202,7 @@ def _members(reading: "_Reading", size: int) -> Iterator[dict[str, object]]:
                 continue
             if member.issparse():
                 raise ValueError(f"member {member.name!r} is stored sparse")
-            where = (member.offset_data, member.size, reading.sum_to(member.offset_data + member.size))
+            where = (member.offset_data, member.size, reading.sum_of_next(member.size))
             yield {"fname": member.name, "data": where, "__url__": reading.name}
         # tarfile takes a damaged or missing header for the end; a whole tar ends in a block of zeros.
         if reading.at(tar.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[attr-defined]
@@ -202,31 +210,38 @@ def _members(reading: "_Reading", size: int) -> Iterator[dict[str, object]]:
 
 
 class _Reading:
-    """A file that tarfile reads from its beginning to its end, and what all of its bytes hash to."""
+    """A file that tarfile reads from its beginning to its end, and what all of its bytes hash to.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha256, self.name = file, hashlib.sha256(), file.name
+    Blocks are hashed by a thread of their own (SHA-256 takes longer than all the rest) while headers are parsed.
+    """
+
+    def __init__(self, file: FileIO, hashing: ThreadPoolExecutor) -> None:
+        self._file, self._hashing, self.name = file, hashing, file.name
+        self._sha256, self._pending = hashlib.sha256(), deque[Future[None]]()
+        self._block, self._at, self._end = (
+            memoryview(b""),
+            0,
+            0,
+        )  # bytes, how far they are read, where they end in the file
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._end - len(self._block) + self._at
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._sha256.update(data)
-        return data
+        return b"".join(self._views(size))
 
     def seek(self, offset: int) -> None:
         """Read up to `offset`, or to the end of the file; tarfile never goes back."""
         if offset < self.tell():
             raise ValueError(f"its headers lead back from byte {self.tell()} to {offset}")
-        while (ahead := offset - self.tell()) > 0 and self.read(min(ahead, _CHUNK)):
+        for _ in self._views(offset - self.tell()):
             pass
 
-    def sum_to(self, end: int) -> int:
-        """The sum of the bytes from here to `end`."""
+    def sum_of_next(self, size: int) -> int:
+        """The sum of the next `size` bytes."""
         digest = xxh3_64()
-        while (ahead := end - self.tell()) > 0 and (data := self.read(min(ahead, _CHUNK))):
-            digest.update(data)
+        for view in self._views(size):
+            digest.update(view)
         return _signed(digest.intdigest())
 
     def at(self, offset: int, size: int) -> bytes:
@@ -235,9 +250,26 @@ class _Reading:
 
     def finish(self) -> str:
         """Read what is left; the SHA-256 of the file."""
-        while self.read(_CHUNK):
+        while self._next():
             pass
+        while self._pending:
+            self._pending.popleft().result()
         return self._sha256.hexdigest()
+
+    def _views(self, size: int) -> Iterator[memoryview]:
+        while size > 0 and (self._at < len(self._block) or self._next()):
+            view = self._block[self._at : self._at + size]
+            self._at += len(view)
+            size -= len(view)
+            yield view
+
+    def _next(self) -> bool:
+        self._block, self._at = memoryview(self._file.read(_BLOCK)), 0
+        self._end += len(self._block)
+        if len(self._pending) == _AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._hashing.submit(self._sha256.update, self._block))
+        return len(self._block) > 0
 
 
 def _signed(value: int) -> int:
