@@ -1,10 +1,10 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
 from softmoe_train.data.batch import ImageStream
-from softmoe_train.data.index import index_shards
+from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
-from softmoe_train.data.places import expand_shards
+from softmoe_train.data.places import check_places
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import (
     DataConfig,
@@ -14,6 +14,7 @@ from softmoe_train.data.records import (
     TransformConfig,
     WebDatasetConfig,
 )
+from softmoe_train.data.remote import Remote
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
 from softmoe_train.data.transforms import build_transform, check_transform
@@ -27,13 +28,15 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
     """
     if isinstance(cfg, SyntheticConfig):
         return []
-    paths = expand_shards(cfg.train, key="data.train")
-    if needs_test:
-        paths += expand_shards(cfg.test, key="data.test")
-    problems = []
+    catalog, paths, problems = Catalog(Remote(cfg.cache)), [], []
+    for key, spec in (("data.train", cfg.train), ("data.test", cfg.test))[: 1 + needs_test]:
+        try:
+            paths += catalog.paths(spec, key=key)
+        except ValueError as error:
+            problems.append(str(error))
     for path in paths[part::parts]:
         try:
-            list(index_shards([path]))
+            list(catalog.shards([path], fresh=True))
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -82,7 +85,7 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
     for key, spec, wanted in (("data.train", cfg.train, True), ("data.test", cfg.test, needs_test)):
         try:
             if wanted or spec is not None:
-                expand_shards(spec, key=key)
+                check_places(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
     problems += check_transform(cfg.train_transform, image_size, key="data.train_transform")
@@ -101,12 +104,13 @@ def _pictures(
 ) -> Pictures:
     for problem in check_transform(transform, image_size, key=f"{key}_transform"):
         raise ValueError(problem)
-    shards = list(index_shards(expand_shards(spec, key=key)))
+    catalog = Catalog(Remote(cfg.cache))
+    shards = list(catalog.shards(catalog.paths(spec, key=key), fresh=False))
     if not sum(shard.count for shard in shards):
         raise ValueError(
             f"{key}={spec} names {len(shards)} shards without a single sample: name shards that hold pictures."
         )
-    reader = SampleReader(shards, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
+    reader = SampleReader(shards, catalog, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
     return Pictures(reader, build_transform(transform, image_size), image_size, seed, randaugment)
 
 

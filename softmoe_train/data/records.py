@@ -71,12 +71,23 @@ class RandAugment(Record):
     magnitude: Annotated[float, Field(ge=0, le=20)]  # above 20 the released Posterize would need more than 8 bits
 
 
+class CacheConfig(Record):
+    """How shards at URLs are read: where this node keeps copies, how many, and with how much patience."""
+
+    folder: str | None  # null: softmoe_train/shards under XDG_CACHE_HOME, or ~/.cache
+    max_gib: Annotated[float, Field(ge=0)]  # 0 keeps none: every sample is read by itself
+    prefetch: Count  # shards that are fetched before they are needed
+    attempts: PositiveInt
+    timeout: Positive  # seconds
+
+
 class WebDatasetConfig(Record):
     """Tar shards of pictures and `.cls` labels: where they are, in which order they are read, what is done to them."""
 
     kind: Literal["webdataset"]
     train: ShardSpec | None
     test: ShardSpec | None
+    cache: CacheConfig
     streams: PositiveInt
     shuffle_window: PositiveInt  # samples
     block: PositiveInt  # samples of one contiguous run of tars
