@@ -64,6 +64,11 @@ class Order:
         count = -(-(first + self.total - lowest) // self.streams)
         return lowest + ((g - lowest) // self.streams + step) % count * self.streams
 
+    def replacement(self, g: int, step: int) -> tuple[int, int]:
+        """(shard, index) of the sample `step` places after `g`, as `successor` counts them."""
+        shard, index = self.locate(np.asarray([self.successor(g, step)]))
+        return int(shard[0]), int(index[0])
+
     def _make_epoch(self, epoch: int) -> tuple[I64, I64, I64]:
         """(shards in the epoch's order, where each begins in it, where each stream's slice begins in it)."""
         places = np.arange(len(self.counts))
