@@ -15,9 +15,12 @@ import re
 import stat
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +37,8 @@ _MAKE_A_SAMPLE = {*IMAGE_SUFFIXES, "cls"}  # a key with none of these, a README 
 
 _FORMAT = 2  # part of a cache file's name: raise it when the index changes
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
-_CHUNK = 1 << 20  # bytes of one read
+_BLOCK = 1 << 20  # bytes of one read
+_AHEAD = 16  # blocks that may wait to be hashed
 
 
 class Shard(NamedTuple):
@@ -44,7 +48,9 @@ class Shard(NamedTuple):
     count: int
     sha256: str
     size: int
-    mtime_ns: int
+    mtime_ns: int  # 0 where it is at a URL
+    index_sha256: str | None = None  # of its published index file; None where the index was made here
+    index_size: int = 0  # bytes
 
 
 class Samples:
@@ -55,6 +61,7 @@ class Samples:
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
         self._keys, self._ends = tensors["keys"].numpy(), tensors["key_ends"].numpy()
         self.where: dict[str, NDArray[np.int64]] = {part: tensors[part].numpy() for part in PARTS}
         self.sums: dict[str, NDArray[np.int64]] = {part: tensors[f"{part}_sums"].numpy() for part in PARTS}
@@ -151,8 +158,8 @@ def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: di
 
 def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, dict[str, torch.Tensor]]:
     try:
-        with open(path, "rb") as file:
-            reading = _Reading(file)
+        with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+            reading = _Reading(file, hashing)
             groups = [
                 group for group in group_by_keys(_members(reading, facts.st_size)) if _MAKE_A_SAMPLE & group.keys()
             ]
@@ -191,7 +198,7 @@ def _members(reading: "_Reading", size: int) -> Iterator[dict[str, object]]:
                 continue
             if member.issparse():
                 raise ValueError(f"member {member.name!r} is stored sparse")
-            where = (member.offset_data, member.size, reading.sum_to(member.offset_data + member.size))
+            where = (member.offset_data, member.size, reading.sum_of_next(member.size))
             yield {"fname": member.name, "data": where, "__url__": reading.name}
         # tarfile takes a damaged or missing header for the end; a whole tar ends in a block of zeros.
         if reading.at(tar.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[attr-defined]
@@ -199,31 +206,38 @@ def _members(reading: "_Reading", size: int) -> Iterator[dict[str, object]]:
 
 
 class _Reading:
-    """A file that tarfile reads from its beginning to its end, and what all of its bytes hash to."""
+    """A file that tarfile reads from its beginning to its end, and what all of its bytes hash to.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha256, self.name = file, hashlib.sha256(), file.name
+    Blocks are hashed by a thread of their own (SHA-256 takes longer than all the rest) while headers are parsed.
+    """
+
+    def __init__(self, file: FileIO, hashing: ThreadPoolExecutor) -> None:
+        self._file, self._hashing, self.name = file, hashing, file.name
+        self._sha256, self._pending = hashlib.sha256(), deque[Future[None]]()
+        self._block, self._at, self._end = (
+            memoryview(b""),
+            0,
+            0,
+        )  # bytes, how far they are read, where they end in the file
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._end - len(self._block) + self._at
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._sha256.update(data)
-        return data
+        return b"".join(self._views(size))
 
     def seek(self, offset: int) -> None:
         """Read up to `offset`, or to the end of the file; tarfile never goes back."""
         if offset < self.tell():
             raise ValueError(f"its headers lead back from byte {self.tell()} to {offset}")
-        while (ahead := offset - self.tell()) > 0 and self.read(min(ahead, _CHUNK)):
+        for _ in self._views(offset - self.tell()):
             pass
 
-    def sum_to(self, end: int) -> int:
-        """The sum of the bytes from here to `end`."""
+    def sum_of_next(self, size: int) -> int:
+        """The sum of the next `size` bytes."""
         digest = xxh3_64()
-        while (ahead := end - self.tell()) > 0 and (data := self.read(min(ahead, _CHUNK))):
-            digest.update(data)
+        for view in self._views(size):
+            digest.update(view)
         return _signed(digest.intdigest())
 
     def at(self, offset: int, size: int) -> bytes:
@@ -232,9 +246,26 @@ class _Reading:
 
     def finish(self) -> str:
         """Read what is left; the SHA-256 of the file."""
-        while self.read(_CHUNK):
+        while self._next():
             pass
+        while self._pending:
+            self._pending.popleft().result()
         return self._sha256.hexdigest()
+
+    def _views(self, size: int) -> Iterator[memoryview]:
+        while size > 0 and (self._at < len(self._block) or self._next()):
+            view = self._block[self._at : self._at + size]
+            self._at += len(view)
+            size -= len(view)
+            yield view
+
+    def _next(self) -> bool:
+        self._block, self._at = memoryview(self._file.read(_BLOCK)), 0
+        self._end += len(self._block)
+        if len(self._pending) == _AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._hashing.submit(self._sha256.update, self._block))
+        return len(self._block) > 0
 
 
 def _signed(value: int) -> int:

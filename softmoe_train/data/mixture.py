@@ -9,7 +9,7 @@ Letters: L streams, P the sum of the weights, s a stream, k the position of a sa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import numpy as np
@@ -73,11 +73,20 @@ class Mixture:
                 shard[rows], index[rows] = where.shard + self._first_shard[source], where.index
         return Location(shard, index)
 
-    def replacement(self, g: int, step: int) -> tuple[int, int]:
-        """(shard, index) of the sample `step` places after that of `g` in its source's stream and epoch, going round."""
+    def stand_ins(self, g: int, most: int) -> Iterator[int]:
+        """Up to `most` others for the place of `g`, of the same source and of its epoch there, as its own order has them."""
         source, own = (int(one[0]) for one in self.own(np.asarray([g])))
-        shard, index = self.orders[source].replacement(own, step)
-        return shard + int(self._first_shard[source]), index
+        for other in self.orders[source].stand_ins(own, most):
+            yield self._global(source, other)
+
+    def _global(self, source: int, own: int) -> int:
+        """The global sample that is a source's own sample: the inverse of `own`."""
+        stream, taken = own % self.streams, own // self.streams
+        pattern, number = divmod(taken, int(self.weights[source]))
+        key = chain(self.seed, _PATTERN, stream, pattern)
+        places = permute(np.arange(self.places), self.places, key)
+        [place] = np.flatnonzero(places == self.ends[source] - self.weights[source] + number)
+        return (pattern * self.places + int(place)) * self.streams + stream
 
     def taken(self, position: int) -> list[int]:
         """How many of the samples before `position` each source has given."""

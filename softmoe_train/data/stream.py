@@ -116,15 +116,17 @@ class _TrainBatches(Dataset[Batch]):
         return Batch(torch.from_numpy(images), labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
 
     def _replacement(self, g: int, first: Broken) -> tuple[NDArray[np.uint8], list[int]]:
-        """The next good sample of g's stream in the epoch, augmented as g: the same on every layout."""
-        for step in range(1, _TRIES + 1):
+        """The first good one of g's stand-ins, augmented as g: the same on every layout."""
+        others = list(self.order.stand_ins(g, _TRIES))
+        for other in others:
+            shard, index = self.order.locate(np.asarray([other]))
             try:
-                return self.pictures.row(*self.order.replacement(g, step), g)
+                return self.pictures.row(int(shard[0]), int(index[0]), g)
             except UnreadableSampleError:
                 continue
         raise RuntimeError(
-            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {_TRIES} "
-            f"samples that follow it in its stream: these shards do not hold what `data` says; check them."
+            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {len(others)} "
+            f"samples that follow it: these shards do not hold what `data` says; check them."
         )
 
 

@@ -81,21 +81,14 @@ def test_what_was_taken_is_what_counting_finds(trial: int) -> None:
 
 
 @pytest.mark.parametrize("trial", range(4))
-def test_a_replacement_is_of_the_same_source_stream_and_epoch(trial: int) -> None:
+def test_stand_ins_are_those_of_the_source(trial: int) -> None:
     mixture = random_mixture(trial)
-    first_shard = np.cumsum([0, *(len(order.counts) for order in mixture.orders)])
     for g in np.random.default_rng(trial).integers(0, 10**4, 3).tolist():
         source, own = (int(one[0]) for one in mixture.own(np.asarray([g])))
-        order = mixture.orders[source]
-        epoch = own // order.total
-        mates = [
-            h for h in range(epoch * order.total, (epoch + 1) * order.total) if h % order.streams == own % order.streams
-        ]
-        turned = mates[mates.index(own) + 1 :] + mates[: mates.index(own) + 1]
-        where = order.locate(np.asarray(turned))
-        wanted = list(zip((where.shard + first_shard[source]).tolist(), where.index.tolist(), strict=True))
-        steps = {1, 2, len(turned) // 2 or 1, len(turned), len(turned) + 1}
-        assert [mixture.replacement(g, step) for step in steps] == [wanted[(step - 1) % len(turned)] for step in steps]
+        others = list(mixture.orders[source].stand_ins(own, 5))
+        sources, numbers = mixture.own(np.asarray(list(mixture.stand_ins(g, 5)), np.int64))
+        assert numbers.tolist() == others
+        assert set(sources.tolist()) <= {source}
 
 
 def test_batches_mix_the_sources() -> None:
