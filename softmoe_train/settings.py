@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -123,6 +124,8 @@ FREE = {
     "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.cache", "data.workers",
     "data.prefetch", "data.max_broken",
 }  # fmt: skip
+# Shards may be moved: what they hold is in the stream's fingerprint.
+SHARDS_OF_A_SOURCE = re.compile(r"data\.mixture\.[^.]+\.shards")
 
 
 def _retry_problems(config: RunConfig) -> list[str]:
@@ -371,9 +374,14 @@ def _newest_config(folder: Place) -> tuple[Place | None, object]:
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that shape a run's numbers and differ between two saved configurations, each with both values."""
     old, new = flat(saved), flat(now)
-    free = tuple(f"{key}." for key in FREE)
     return [
         f"{key}={new.get(key)} (was {old.get(key)})"
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and (key in SHAPING or (key not in FREE and not key.startswith(free)))
+        if old.get(key) != new.get(key) and not _is_free(key)
     ]
+
+
+def _is_free(key: str) -> bool:
+    if key in SHAPING:
+        return False
+    return key in FREE or key.startswith(tuple(f"{one}." for one in FREE)) or bool(SHARDS_OF_A_SOURCE.fullmatch(key))

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from softmoe_train.data.ahead import Ahead
 from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
-from softmoe_train.data.index import data_hash
 from softmoe_train.data.keyed import Draws
+from softmoe_train.data.mixture import Mixture
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
 from softmoe_train.data.randaugment import rand_augment
@@ -96,7 +96,7 @@ class Pictures:
 
 
 class _TrainBatches(Dataset[Batch]):
-    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None) -> None:
+    def __init__(self, pictures: Pictures, order: Order | Mixture, share: Share, mixup: Mixup | None) -> None:
         self.pictures, self.order, self.share, self.mixup = pictures, order, share, mixup
         files, shards = pictures.reader.files, pictures.reader.shards
         ahead = 2 * order.window * order.streams  # samples
@@ -152,9 +152,17 @@ class _TrainBatches(Dataset[Batch]):
 class WebDatasetStream:
     """The endless training stream of one rank over tar shards; satisfies `ImageStream`."""
 
-    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None, decoding: Decoding) -> None:
+    def __init__(
+        self,
+        pictures: Pictures,
+        order: Order | Mixture,
+        share: Share,
+        mixup: Mixup | None,
+        decoding: Decoding,
+        facts: dict[str, object],
+    ) -> None:
         self._batches = _TrainBatches(pictures, order, share, mixup)
-        self._decoding, self._start = decoding, 0
+        self._decoding, self._facts, self._start = decoding, facts, 0
 
     def seek(self, cursor: Cursor) -> None:
         """Make the next `iter` start at `cursor`; raises ValueError where no batch can start."""
@@ -173,22 +181,26 @@ class WebDatasetStream:
         rows = zip(numbers.tolist(), where.shard.tolist(), where.index.tolist(), strict=True)
         return [StoredSample(number, *name(shard, index)) for number, shard, index in rows]
 
+    def measures(self, cursor: Cursor) -> dict[str, float]:
+        """Of each source of a mixture, the samples taken before `cursor` and how often that is all of them."""
+        order = self._batches.order
+        if not isinstance(order, Mixture):
+            return {}
+        taken = zip(order.names, order.taken(cursor.position), order.orders, strict=True)
+        counts = {name: (count, count / one.total) for name, count, one in taken}
+        return {
+            f"{name}/{measure}": value
+            for name, values in counts.items()
+            for measure, value in zip(("samples", "epochs"), values, strict=True)
+        }
+
     def fingerprint(self) -> dict[str, object]:
         """What decides the order and what is mixed: the shards' contents, the keys of the permutations, the augmentation."""
-        order, mixup, randaugment = self._batches.order, self._batches.mixup, self._batches.pictures.randaugment
+        mixup, randaugment = self._batches.mixup, self._batches.pictures.randaugment
         # Only what is on: a checkpoint from before there was a choice has the same fingerprint.
         augmentation = {} if randaugment is None else {"randaugment": randaugment.model_dump()}
         augmentation |= {} if mixup is None else {"mixup": mixup.p}
-        return {
-            "kind": "webdataset",
-            "data": data_hash(self._batches.pictures.reader.shards),
-            "samples": order.total,
-            "streams": order.streams,
-            "shuffle_window": order.window,
-            "block": order.block,
-            "seed": order.seed,
-            **augmentation,
-        }
+        return {"kind": "webdataset", **self._facts, **augmentation}
 
 
 class _Positions:

@@ -91,6 +91,7 @@ def settings(**changes: object) -> WebDatasetConfig:
     values = {
         "kind": "webdataset",
         "train": None,
+        "mixture": None,
         "test": None,
         "cache": CACHE,
         "streams": 4,
