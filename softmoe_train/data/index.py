@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from webdataset.tariterators import group_by_keys
 from xxhash import xxh3_64
 
+from softmoe_train.data.places import ShardsError
 from softmoe_train.plain import plain
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pnm")
@@ -100,8 +101,8 @@ def samples_of(shard: Shard) -> Samples:
     """What `shard` holds; raises ValueError where the file has changed since `shard` was made."""
     now, samples = _load(shard.path, with_samples=True)
     if now != shard or samples is None:
-        raise ValueError(
-            f"{plain(shard.path)} has changed since this run indexed it: shards must stay as they are; start again."
+        raise ShardsError(
+            f"{shard.path} has changed since this run indexed it: shards must stay as they are; start again."
         )
     return samples
 
@@ -117,19 +118,21 @@ def _load(path: str, *, with_samples: bool) -> tuple[Shard, Samples | None]:
     try:
         facts = os.stat(path)
     except OSError as error:
-        raise ValueError(f"{plain(path)} cannot be read ({error.strerror}): name shards that are there.") from None
+        raise ShardsError(
+            f"{path} cannot be read ({error.strerror}): shards must stay where they are; bring it back and start again."
+        ) from None
     if not stat.S_ISREG(facts.st_mode):
-        raise ValueError(f"{plain(path)} is not a regular file: a shard is a tar file; name another.")
+        raise ShardsError(f"{path} is not a regular file: a shard is a tar file; name another.")
     name = json.dumps([_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns])
-    cached = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+    cached = index_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
     try:
         shard, samples = _read_index(cached, with_samples=with_samples)
         if (shard.size, shard.mtime_ns) == (facts.st_size, facts.st_mtime_ns):
             return shard._replace(path=path), samples
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):  # absent, damaged, or cut off by a full disk
         pass
-    shard, tensors = _make_index(path, facts)
-    _write_atomically(cached, tensors, {"shard": json.dumps(shard._asdict()), "sum": _sum_of_all(tensors)})
+    shard, tensors = make_index(path, facts)
+    write_index(cached, tensors, {"shard": json.dumps(shard._asdict()), "sum": _sum_of_all(tensors)})
     return shard, Samples(tensors) if with_samples else None
 
 
@@ -152,21 +155,25 @@ def _sum_of_all(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _cache_folder() -> Path:
+def index_folder() -> Path:
+    """Where indexes are kept: a folder of the user's own; raises ValueError where there cannot be one."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "softmoe_train", "index")
     remedy = "set XDG_CACHE_HOME to a folder of your own."
     try:
         folder = folder.expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        raise ValueError(f"{folder} cannot be made ({error}), and the shard indexes are kept there: {remedy}") from None
+        raise ShardsError(
+            f"{folder} cannot be made ({error}), and the shard indexes are kept there: {remedy}"
+        ) from None
     facts = folder.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise ValueError(f"{folder} can be written by others, and what it says of shards is trusted: {remedy}")
+        raise ShardsError(f"{folder} can be written by others, and what it says of shards is trusted: {remedy}")
     return folder
 
 
-def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_index(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write an index, whole or not at all; raises ShardsError where there is no room."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
         os.close(handle)
@@ -177,16 +184,18 @@ def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: di
             os.unlink(temporary)
             raise
     except (OSError, SafetensorError) as error:  # a full disk, say
-        raise ValueError(
+        raise ShardsError(
             f"an index of shards cannot be kept in {path.parent} ({error}): make room there, or set XDG_CACHE_HOME to a folder of your own."
         ) from None
 
 
-def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, dict[str, torch.Tensor]]:
+def make_index(path: str, facts: os.stat_result, *, opened: int | None = None) -> tuple[Shard, dict[str, torch.Tensor]]:
+    """Read a tar, which may be `opened` already, to its end; raises ValueError, which names `path`, where it is damaged."""
+    source = path if opened is None else opened
     try:
         # Not to wait for somebody to write, where a pipe has taken the place of the file.
         with (
-            open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file,
+            open(source, "rb", buffering=0, closefd=opened is None, opener=_open_without_waiting) as file,
             ThreadPoolExecutor(1) as hashing,
         ):
             reading = _Reading(file, hashing)
@@ -196,16 +205,20 @@ def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, dict[str, torc
             digest, now = reading.finish(), os.fstat(file.fileno())
     except (tarfile.TarError, ValueError, EOFError, OverflowError, LookupError) as error:
         reason = plain(error.args[0] if error.args else error)  # webdataset appends arguments of its own
-        raise ValueError(
-            f"{plain(path)} is not a whole, uncompressed tar of samples ({reason}): copy or write it again."
+        raise ShardsError(
+            f"{path} is not a whole, uncompressed tar of samples ({reason}): copy or write it again."
         ) from None
     except RecursionError:
-        raise ValueError(f"{plain(path)} has headers before headers without end: copy or write it again.") from None
+        raise ShardsError(f"{path} has headers before headers without end: copy or write it again.") from None
     except OSError as error:
-        raise ValueError(f"{plain(path)} cannot be read ({error.strerror}): check its permissions and disk.") from None
+        raise ShardsError(f"{path} cannot be read ({error.strerror}): check its permissions and disk.") from None
     if (now.st_size, now.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns):
-        raise ValueError(f"{plain(path)} changed while it was indexed: shards must stay as they are; start again.")
+        raise ShardsError(f"{path} changed while it was indexed: shards must stay as they are; start again.")
     return Shard(path, len(groups), digest, facts.st_size, facts.st_mtime_ns), _as_tensors(groups)
+
+
+def _open_without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def _as_tensors(groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from softmoe_train.data.ahead import Ahead
 from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
-from softmoe_train.data.index import data_hash
 from softmoe_train.data.keyed import Draws
+from softmoe_train.data.mixture import Mixture
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
 from softmoe_train.data.randaugment import rand_augment
@@ -27,6 +28,7 @@ from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches
 from softmoe_train.plain import plain
 
+_WORTH_KEEPING = 1 / 8  # of a shard's samples, below which ranges of it are read where it is not in the cache
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
 
@@ -95,10 +97,27 @@ class Pictures:
 
 
 class _TrainBatches(Dataset[Batch]):
-    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None) -> None:
+    def __init__(self, pictures: Pictures, order: Order | Mixture, share: Share, mixup: Mixup | None) -> None:
         self.pictures, self.order, self.share, self.mixup = pictures, order, share, mixup
+        files, shards = pictures.reader.files, pictures.reader.shards
+        ahead = 2 * order.window * order.streams  # samples
+        self.ahead = Ahead(files, shards, self.shards_at, step=share.global_batch, horizon=ahead)
+        self.position = 0
+        files.worth_keeping = self.is_worth_keeping
+
+    def shards_at(self, position: int) -> list[int]:
+        """The shards that this rank's part of the batch at `position` is read from."""
+        return np.unique(self.order.locate(self.share.rows(position)).shard).tolist()
+
+    def is_worth_keeping(self, shard: int) -> bool:
+        """Whether this rank reads enough of a shard, in the epoch it is in, to have all of it fetched."""
+        first = self.share.rank * self.share.apart
+        streams = range(first, first + self.share.apart)
+        return self.order.share_of(shard, self.position, streams) >= _WORTH_KEEPING
 
     def __getitem__(self, position: int) -> Batch:
+        self.position = position
+        self.ahead.reached(position)
         rows = self.share.rows(position)
         where = self.order.locate(rows)
         images, labels = self.pictures.empty(len(rows))
@@ -134,9 +153,17 @@ class _TrainBatches(Dataset[Batch]):
 class WebDatasetStream:
     """The endless training stream of one rank over tar shards; satisfies `ImageStream`."""
 
-    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None, decoding: Decoding) -> None:
+    def __init__(
+        self,
+        pictures: Pictures,
+        order: Order | Mixture,
+        share: Share,
+        mixup: Mixup | None,
+        decoding: Decoding,
+        facts: dict[str, object],
+    ) -> None:
         self._batches = _TrainBatches(pictures, order, share, mixup)
-        self._decoding, self._start = decoding, 0
+        self._decoding, self._facts, self._start = decoding, facts, 0
 
     def seek(self, cursor: Cursor) -> None:
         """Make the next `iter` start at `cursor`; raises ValueError where no batch can start."""
@@ -155,22 +182,26 @@ class WebDatasetStream:
         rows = zip(numbers.tolist(), where.shard.tolist(), where.index.tolist(), strict=True)
         return [StoredSample(number, *name(shard, index)) for number, shard, index in rows]
 
+    def measures(self, cursor: Cursor) -> dict[str, float]:
+        """Of each source of a mixture, the samples taken before `cursor` and how often that is all of them."""
+        order = self._batches.order
+        if not isinstance(order, Mixture):
+            return {}
+        taken = zip(order.names, order.taken(cursor.position), order.orders, strict=True)
+        counts = {name: (count, count / one.total) for name, count, one in taken}
+        return {
+            f"{name}/{measure}": value
+            for name, values in counts.items()
+            for measure, value in zip(("samples", "epochs"), values, strict=True)
+        }
+
     def fingerprint(self) -> dict[str, object]:
         """What decides the order and what is mixed: the shards' contents, the keys of the permutations, the augmentation."""
-        order, mixup, randaugment = self._batches.order, self._batches.mixup, self._batches.pictures.randaugment
+        mixup, randaugment = self._batches.mixup, self._batches.pictures.randaugment
         # Only what is on: a checkpoint from before there was a choice has the same fingerprint.
         augmentation = {} if randaugment is None else {"randaugment": randaugment.model_dump()}
         augmentation |= {} if mixup is None else {"mixup": mixup.p}
-        return {
-            "kind": "webdataset",
-            "data": data_hash(self._batches.pictures.reader.shards),
-            "samples": order.total,
-            "streams": order.streams,
-            "shuffle_window": order.window,
-            "block": order.block,
-            "seed": order.seed,
-            **augmentation,
-        }
+        return {"kind": "webdataset", **self._facts, **augmentation}
 
 
 class _Positions:
@@ -190,11 +221,20 @@ class _EvalBatches(Dataset[Batch]):
     def __init__(self, pictures: Pictures, rank_batch: int, rank: int, world: int) -> None:
         self.pictures, self.rank_batch, self.rank, self.world = pictures, rank_batch, rank, world
         self.ends = np.cumsum([shard.count for shard in pictures.reader.shards])
+        reader = pictures.reader
+        self.ahead = Ahead(reader.files, reader.shards, self.shards_at, step=1, horizon=len(self))
+
+    def shards_at(self, step: int) -> list[int]:
+        """The shards that this rank's batch `step` is read from."""
+        start = (step * self.world + self.rank) * self.rank_batch
+        numbers = np.arange(start, min(start + self.rank_batch, int(self.ends[-1])))
+        return np.unique(np.searchsorted(self.ends, numbers, side="right")).tolist()
 
     def __len__(self) -> int:
         return (int(self.ends[-1]) - 1) // (self.rank_batch * self.world) + 1
 
     def __getitem__(self, step: int) -> Batch:
+        self.ahead.reached(step)
         start = (step * self.world + self.rank) * self.rank_batch
         images, labels = self.pictures.empty(self.rank_batch)
         mask = torch.zeros(self.rank_batch, dtype=torch.bool)
