@@ -15,7 +15,15 @@ from softmoe_train.checkpoint.audit import Audit
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
-from softmoe_train.data import Cursor, ImageStream, build_eval_stream, build_stream, make_indexes
+from softmoe_train.data import (
+    Cursor,
+    ImageStream,
+    SyntheticConfig,
+    build_eval_stream,
+    build_stream,
+    left_out,
+    make_indexes,
+)
 from softmoe_train.dist import World, control_group, gather_over_world, gather_texts, pick_device, process_group
 from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
@@ -76,6 +84,8 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         log = watch.log = _log(config, held, state, resumed=resumed, startup=startup)
         clock.done("log and W&B")
         log.message(_description(config, engine, topology))
+        for told in _left_out(config, world):
+            log.message(told)
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
             watch.begin(state)
@@ -166,6 +176,13 @@ def _index(config: RunConfig, world: World) -> None:
     )
     if problems:
         raise ConfigError(problems)
+
+
+def _left_out(config: RunConfig, world: World) -> list[str]:
+    """What is to be told of samples that are not read, by the one rank that tells it."""
+    if isinstance(config.data, SyntheticConfig) or not world.main:
+        return []
+    return left_out(config.data, needs_test=config.evals.upstream is not None)
 
 
 def _stream(config: RunConfig, world: World) -> ImageStream:

@@ -1,12 +1,14 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
 from softmoe_train.data.batch import ImageStream
-from softmoe_train.data.index import Shard, index_shards
+from softmoe_train.data.index import index_shards
+from softmoe_train.data.labels import build_labels, check_labels
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.places import expand_shards
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
-from softmoe_train.data.sources import NamedSpec, build_training, check_mixture, indexed, training_specs
+from softmoe_train.data.select import build_rules
+from softmoe_train.data.sources import NamedSpec, Source, build_training, check_mixture, indexed, training_specs
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
 from softmoe_train.data.transforms import build_transform, check_transform
@@ -14,7 +16,7 @@ from softmoe_train.data.workers import Decoding
 
 
 def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) -> list[str]:
-    """Index every `parts`-th tar from `part` on, so that processes that share a cache share the reading.
+    """Index every `parts`-th tar from `part` on, and choose among its samples, so that processes that share a cache share the reading.
 
     An index that is there already is not made again. Returns a message for each tar that cannot be read to its end.
     """
@@ -22,10 +24,12 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
         return []
     specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
     paths = [path for key, spec in specs for path in expand_shards(spec, key=key)]
+    rules = build_rules(cfg)
     problems = []
     for path in list(dict.fromkeys(paths))[part::parts]:
         try:
-            list(index_shards([path]))
+            for shard in index_shards([path]):
+                rules.choose(shard)
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -47,9 +51,9 @@ def build_stream(
             for problem in check_mixture(cfg):
                 raise ValueError(problem)
             _check_transform(cfg.train_transform, image_size, "data.train_transform")
-            shards, order, facts = build_training(cfg, seed)
+            shards, chosen, order, facts = build_training(cfg, seed)
             pictures = Pictures(
-                _reader(cfg, shards, num_classes),
+                _reader(cfg, Source(shards, chosen), num_classes),
                 build_transform(cfg.train_transform, image_size),
                 image_size,
                 seed,
@@ -69,7 +73,7 @@ def build_eval_stream(
             return SyntheticEvalStream(pictures, batch_size=batch_size, rank=rank, world=world)
         case WebDatasetConfig():
             _check_transform(cfg.test_transform, image_size, "data.test_transform")
-            reader = _reader(cfg, indexed(NamedSpec("data.test", cfg.test)), num_classes)
+            reader = _reader(cfg, indexed(NamedSpec("data.test", cfg.test), build_rules(cfg)), num_classes)
             pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None)
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
@@ -87,8 +91,31 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
             expand_shards(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
+    problems += _check_meaning(cfg)
     problems += check_transform(cfg.train_transform, image_size, key="data.train_transform")
     return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
+
+
+def _check_meaning(cfg: WebDatasetConfig) -> list[str]:
+    """Why labels, texts and what is left out do not go together, or a file of them is no such file."""
+    problems = []
+    if cfg.labels == "none":
+        unread = {"data.classes": cfg.classes, "data.keep.labels": cfg.keep.labels, "data.mixup": cfg.mixup}
+        problems += [
+            f"data.labels=none with {key}={value}: labels are not read; set it to null, or data.labels to hard or multi_hot"
+            for key, value in unread.items()
+            if value is not None
+        ]
+    if cfg.text is not None and cfg.mixup is not None:
+        problems.append(
+            f"data.text={cfg.text} with data.mixup={cfg.mixup}: a text would describe one of the two images that are mixed; set one of "
+            f"them to null"
+        )
+    try:
+        build_rules(cfg)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _check_transform(transform: TransformConfig, image_size: int, key: str) -> None:
@@ -96,8 +123,16 @@ def _check_transform(transform: TransformConfig, image_size: int, key: str) -> N
         raise ValueError(problem)
 
 
-def _reader(cfg: WebDatasetConfig, shards: list[Shard], num_classes: int) -> SampleReader:
-    return SampleReader(shards, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
+def _reader(cfg: WebDatasetConfig, source: Source, num_classes: int) -> SampleReader:
+    for problem in check_labels(cfg, num_classes):
+        raise ValueError(problem)
+    return SampleReader(
+        source.shards,
+        labels=build_labels(cfg, num_classes),
+        text=cfg.text,
+        max_pixels=cfg.max_pixels,
+        kept=[one.kept for one in source.chosen],
+    )
 
 
 def check_streams(streams: int, global_batch: int, world: int) -> list[str]:

@@ -112,13 +112,13 @@ def _load(path: str, *, with_samples: bool) -> tuple[Shard, Samples | None]:
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError(f"{path} is not a regular file: a shard is a tar file; name another.")
     name = json.dumps([_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns])
-    cached = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+    cached = cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
     try:
         return _read_index(cached, with_samples=with_samples)
     except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or cut off by a full disk
         pass
     shard, tensors = _make_index(path, facts)
-    _write_atomically(cached, tensors, {"shard": json.dumps(shard._asdict())})
+    write_atomically(cached, tensors, {"shard": json.dumps(shard._asdict())})
     return shard, Samples(tensors) if with_samples else None
 
 
@@ -131,7 +131,7 @@ def _read_index(file: Path, *, with_samples: bool) -> tuple[Shard, Samples | Non
     return shard, Samples(tensors) if with_samples else None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "softmoe_train", "index")
     remedy = "set XDG_CACHE_HOME to a folder of your own."
     try:
@@ -145,7 +145,7 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
