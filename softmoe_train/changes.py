@@ -11,7 +11,8 @@ SHAPING = {"parallel.exchange_dtype"}
 FREE = {
     "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "device", "compile",
     "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.workers",
-    "data.prefetch", "data.max_broken", "data.classes", "data.quarantine",
+    "data.prefetch", "data.max_broken", "data.max_broken_fraction",
+    "data.classes", "data.quarantine",
 }  # fmt: skip
 # What a setting did before it could be set, where that is not null: a run of that time goes on.
 ONCE = {"data.label": "cls", "data.keep.renumber": False}

@@ -33,6 +33,7 @@ from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import BadData, BadStepsError
+from softmoe_train.faults.broken import Budget
 from softmoe_train.faults.claim import Claim, claim
 from softmoe_train.faults.hang import Watch, watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
@@ -47,7 +48,7 @@ from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.resume import go_back, resume
-from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
+from softmoe_train.settings import BROKEN_FILE, RunConfig, TorchEngineConfig, decided
 from softmoe_train.warm.start import ACCOUNT, Warmed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -343,6 +344,14 @@ def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
         best=config.checkpoint.best,
         bad_steps=config.bad_steps,
         bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
+        budget=_budget(config),
+        broken_file=config.folder / BROKEN_FILE if world.main else None,
         expert_blocks=moe_blocks(config.model.moe.blocks, config.model.depth),
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )
+
+
+def _budget(config: RunConfig) -> Budget | None:
+    if isinstance(config.data, SyntheticConfig):
+        return None
+    return Budget(count=config.data.max_broken, fraction=config.data.max_broken_fraction)

@@ -36,6 +36,9 @@ Positive = Annotated[int, Field(ge=1)]
 Minutes = Annotated[float, Field(gt=0)]
 
 
+BROKEN_FILE = "broken_samples.jsonl"  # of a run folder
+
+
 class TorchEngineConfig(Record):
     """Plain PyTorch: replicated or FSDP2 weights."""
 
@@ -164,7 +167,14 @@ def _label_problems(config: RunConfig) -> list[str]:
             "data.labels=none: every loss of `softmoe train` is of labels; use hard or multi_hot (pairs without labels are for programs "
             "that read them through softmoe_train.data)"
         ]
-    return check_labels(config.data, config.model.num_classes)
+    problems = check_labels(config.data, config.model.num_classes)
+    quarantine = config.data.quarantine
+    if quarantine is not None and os.path.realpath(quarantine) == os.path.realpath(config.folder / BROKEN_FILE):
+        problems.append(
+            f"data.quarantine={quarantine} is a file that this run itself writes, and it decides the order of its samples; copy it to another "
+            f"place, and name that"
+        )
+    return problems
 
 
 def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]:

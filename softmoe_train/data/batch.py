@@ -38,11 +38,13 @@ class Cursor:
 
 
 class Broken(NamedTuple):
-    """A sample that could not be read: its shard, its key in the shard and why."""
+    """A sample that could not be read: its shard, its key in the shard and why, the shard's hash, and for which number it was read."""
 
     shard: str
     key: str
     reason: str
+    sha256: str
+    sample: int
 
 
 class StoredSample(NamedTuple):

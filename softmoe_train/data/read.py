@@ -71,9 +71,9 @@ class SampleReader:
         assert self.labels is not None
         return self._member(shard, index, self.labels.part, self.labels.limit, f"label (.{self.labels.part})")
 
-    def describe(self, shard: int, index: int, reason: str) -> Broken:
-        """The report of a sample that could not be read."""
-        return Broken(*self.name(shard, index), reason)
+    def describe(self, shard: int, index: int, g: int, reason: str) -> Broken:
+        """The report of a sample that could not be read in the place of `g`."""
+        return Broken(*self.name(shard, index), reason, self.shards[shard].sha256, g)
 
     def name(self, shard: int, index: int) -> tuple[str, str]:
         """The base name of a sample's shard, and its key there."""

@@ -132,6 +132,7 @@ class WebDatasetConfig(Record):
     mixup: Positive | None  # p of Beta(p, p); above 0
     max_pixels: PositiveInt
     max_broken: Count
+    max_broken_fraction: Fraction | None  # of the images seen
 
     @field_validator("label", "text")
     @classmethod

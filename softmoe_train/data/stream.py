@@ -27,6 +27,7 @@ from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches
 
+_GRACE_BATCHES = 2  # that a run takes while its ranks agree to end together for too many broken samples
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
 
@@ -119,7 +120,7 @@ class _TrainBatches(Dataset[Batch]):
             try:
                 row = self.pictures.row(shard, index, g)
             except UnreadableSampleError as error:
-                broken.append(self.pictures.reader.describe(shard, index, str(error)))
+                broken.append(self.pictures.reader.describe(shard, index, g, str(error)))
                 row = self._replacement(g, broken[-1])
             made.fill(at, row)
         images, labels = made.images, made.labels
@@ -167,7 +168,8 @@ class WebDatasetStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the position last given to `seek`, for ever; raises RuntimeError above `max_broken`."""
-        return load_batches(self._batches, _Positions(self._start, self._batches.share.global_batch), self._decoding)
+        positions = _Positions(self._start, self._batches.share.global_batch)
+        return load_batches(self._batches, positions, self._decoding, grace=_GRACE_BATCHES)
 
     def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
         """What `rank` gets of the batch that begins at `cursor`; one that is broken is named, not what replaced it."""
@@ -235,7 +237,7 @@ class _EvalBatches(Dataset[Batch]):
                 made.fill(at, self.pictures.row(shard, index, g))
                 mask[at] = True
             except UnreadableSampleError as error:
-                broken.append(self.pictures.reader.describe(shard, index, str(error)))
+                broken.append(self.pictures.reader.describe(shard, index, g, str(error)))
         cursor = Cursor((step + 1) * self.world * self.rank_batch)
         texts = None if made.texts is None else tuple(made.texts)
         return Batch(torch.from_numpy(made.images), made.labels, mask, ids, cursor, tuple(broken), texts)

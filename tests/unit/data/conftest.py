@@ -107,5 +107,6 @@ def settings(**changes: object) -> WebDatasetConfig:
         "mixup": None,
         "max_pixels": 1_000_000,
         "max_broken": 0,
+        "max_broken_fraction": None,
     }
     return WebDatasetConfig.model_validate({**values, **changes})
