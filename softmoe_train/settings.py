@@ -12,7 +12,7 @@ from softmoe_train.changes import changed_settings
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.best import metric_of
 from softmoe_train.checkpoint.folder import checkpoints_of, step_folders, step_of
-from softmoe_train.checkpoint.remote import Place, RemotePath, driver_problem, place_of
+from softmoe_train.checkpoint.remote import Place, RemotePath, place_of
 from softmoe_train.checkpoint.saver import RETRY_SECONDS
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
@@ -29,6 +29,7 @@ from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
 from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems, listed
 from softmoe_train.redact import without_secrets
+from softmoe_train.stores import driver_problem
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.start import warm_problems
 

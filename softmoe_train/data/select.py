@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from softmoe_train.data.decode import UnreadableSampleError
-from softmoe_train.data.index import Shard, cache_folder, samples_of, write_atomically
+from softmoe_train.data.index import Shard, index_folder, samples_of, write_index
 from softmoe_train.data.labels import Labels, classes_hash, kept_numbers, read_classes
 from softmoe_train.data.quarantine import read_quarantine
 from softmoe_train.data.read import SampleReader
@@ -60,7 +60,7 @@ class Rules:
             return Chosen(None, {}, 0, [])
         how = None if self.labels is None else [self.labels.kind, self.labels.field, self.names, sorted(self.wanted)]
         name = json.dumps([_FORMAT, shard.sha256, shard.count, how, self.keys, sorted(listed)])
-        cached = cache_folder() / f"kept-{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+        cached = index_folder() / f"kept-{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
         try:
             return _read(cached)
         except (
@@ -78,7 +78,7 @@ class Rules:
             "quarantined": chosen.quarantined,
         }
         kept = np.zeros(0, np.int64) if chosen.kept is None else chosen.kept
-        write_atomically(cached, {"kept": torch.from_numpy(kept)}, {"told": json.dumps(told)})
+        write_index(cached, {"kept": torch.from_numpy(kept)}, {"told": json.dumps(told)})
         return chosen
 
     def _work_out(self, shard: Shard, listed: frozenset[str]) -> Chosen:

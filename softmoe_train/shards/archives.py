@@ -11,8 +11,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from softmoe_train.shards.source import Item, LeftOut, Stored, shown, suffix_problem
 from softmoe_train.shards.settings import ShardsError
+from softmoe_train.shards.source import Item, LeftOut, Stored, shown, suffix_problem
 
 _SYNSET = re.compile(r"n[0-9]{8}")
 
@@ -99,7 +99,9 @@ def members_of(file: BinaryIO, archive: Archive) -> Iterator[Member | LeftOut]:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header in memory
                 if member.size < 0 or member.offset_data + member.size > end:
-                    raise ShardsError(f"{where}: member {shown(member.name)!r} reaches beyond the archive: copy it again.")
+                    raise ShardsError(
+                        f"{where}: member {shown(member.name)!r} reaches beyond the archive: copy it again."
+                    )
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -140,7 +142,9 @@ def read_labels(path: str, synsets: str | None, names: list[str]) -> dict[str, s
         raise ValueError(f"labels={path} is empty; give the list of the archive's labels")
     if all(len(words) == 1 for words in lines):
         if len(lines) != len(names):
-            raise ValueError(f"labels={path} has {len(lines)} lines for {len(names)} pictures; give the list that belongs to them")
+            raise ValueError(
+                f"labels={path} has {len(lines)} lines for {len(names)} pictures; give the list that belongs to them"
+            )
         found = dict(zip(sorted(names), (words[0] for words in lines), strict=True))
     else:
         short = [number for number, words in enumerate(lines, 1) if len(words) < 2]
@@ -157,7 +161,9 @@ def read_labels(path: str, synsets: str | None, names: list[str]) -> dict[str, s
     known = read_synsets(synsets)
     unknown = sorted({value for value in found.values() if value not in known})
     if unknown:
-        raise ValueError(f"synsets={synsets} has no line for class {unknown[0]} of labels={path}; give the list that belongs to it")
+        raise ValueError(
+            f"synsets={synsets} has no line for class {unknown[0]} of labels={path}; give the list that belongs to it"
+        )
     return {name: known[value] for name, value in found.items()}
 
 

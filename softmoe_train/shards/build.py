@@ -21,7 +21,9 @@ def build_source(settings: MakeSettings) -> Source[Any]:
             case "folder":
                 source = FolderSource(settings.from_)
                 if not source.class_names():
-                    raise ValueError(f"from={settings.from_} holds no folder: pictures lie in a folder for each class, CLASS/FILE")
+                    raise ValueError(
+                        f"from={settings.from_} holds no folder: pictures lie in a folder for each class, CLASS/FILE"
+                    )
                 return source
             case "archives":
                 return ArchiveSource(settings.files(), _labels(settings))
@@ -49,15 +51,23 @@ def read_classes(path: str | None) -> list[str] | None:
             names = [line.rstrip("\r\n") for line in file]
     except UnicodeDecodeError:
         raise ValueError(f"classes={path} is not UTF-8; give a text file with a class name on each line") from None
-    twice = next((name for name in names if not name or names.count(name) > 1), None) if len(set(names)) < len(names) or "" in names else None
+    twice = (
+        next((name for name in names if not name or names.count(name) > 1), None)
+        if len(set(names)) < len(names) or "" in names
+        else None
+    )
     if twice is not None:
-        raise ValueError(f"classes={path} has the name {twice!r} twice, or an empty line: a line's number is its label; correct it")
+        raise ValueError(
+            f"classes={path} has the name {twice!r} twice, or an empty line: a line's number is its label; correct it"
+        )
     return names
 
 
 def _columns(settings: MakeSettings, there: list[str], image: str, what: str) -> Columns:
     keys = ("image_column", "label_column", "text_column", "key_column")
-    columns, problems = choose_columns({key: getattr(settings, key) for key in keys}, settings.extra, there, image, what)
+    columns, problems = choose_columns(
+        {key: getattr(settings, key) for key in keys}, settings.extra, there, image, what
+    )
     if columns is None:
         raise ValueError("\n".join(problems))
     return columns
@@ -70,5 +80,9 @@ def _labels(settings: MakeSettings) -> dict[str, str] | None:
     for path in settings.files():
         with open(path, "rb") as file:
             found = members_of(file, Archive(path, 0, os.path.getsize(path), None))
-            names += [os.path.basename(one.name).partition(".")[0] for one in found if not isinstance(one, LeftOut) and suffix_problem(one.name) is None]
+            names += [
+                os.path.basename(one.name).partition(".")[0]
+                for one in found
+                if not isinstance(one, LeftOut) and suffix_problem(one.name) is None
+            ]
     return read_labels(settings.labels, settings.synsets, names)

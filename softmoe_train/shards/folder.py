@@ -32,7 +32,9 @@ class FolderSource:
 
     def _is_class(self, name: str) -> bool:
         facts = os.lstat(os.path.join(self.root, name))
-        plain = name.isprintable() and not name.startswith(".")  # a surrogate of bytes that are no UTF-8 is not printable
+        plain = name.isprintable() and not name.startswith(
+            "."
+        )  # a surrogate of bytes that are no UTF-8 is not printable
         return stat.S_ISDIR(facts.st_mode) and plain
 
     def _walk(self, place: str, part: str) -> Iterator[Item | LeftOut]:

@@ -64,7 +64,9 @@ def make_shards(source: Source[Any], making: Making, *, asked: dict[str, Any], c
             return _make(source, making, out, {**asked, "facts": source.facts()}, classes or source.class_names())
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ShardsError(f"out={out}: {error.strerror}; free some room, and the same command goes on.") from None
+                raise ShardsError(
+                    f"out={out}: {error.strerror}; free some room, and the same command goes on."
+                ) from None
             raise ShardsError(f"{error}; when that is mended, the same command goes on.") from error
 
 
@@ -130,7 +132,13 @@ def _write(write: Write, shards: list[Shard], making: Making, out: Path, left: l
 
 
 def _finish(
-    out: Path, making: Making, asked: dict[str, Any], listing: Listing, shards: list[Shard], written: list[Written], left: list[LeftOut]
+    out: Path,
+    making: Making,
+    asked: dict[str, Any],
+    listing: Listing,
+    shards: list[Shard],
+    written: list[Written],
+    left: list[LeftOut],
 ) -> Made:
     left = [*left, *(one for shard in written for one in shard.left_out)]
     _write_left_out(out, left)
@@ -180,8 +188,12 @@ def _check_folder(out: Path, asked: dict[str, Any]) -> Made | None:
         before = document["asked"] if path.name == MADE else document
         changed = [key for key in sorted({*before, *asked}) if before.get(key) != asked.get(key)]
         if changed:
-            told = "; ".join(f"{key}: {_brief(before.get(key))} there, {_brief(asked.get(key))} now" for key in changed[:_SHOWN])
-            raise ShardsError(f"out={out} holds another making ({told}): shards of two do not mix; give another folder, or empty this one.")
+            told = "; ".join(
+                f"{key}: {_brief(before.get(key))} there, {_brief(asked.get(key))} now" for key in changed[:_SHOWN]
+            )
+            raise ShardsError(
+                f"out={out} holds another making ({told}): shards of two do not mix; give another folder, or empty this one."
+            )
         if path.name == MADE:
             made = _made(document, already=True)
             expected = [f"{name}-{n:06d}.tar" for name, (count, _) in made.splits.items() for n in range(count)]
@@ -191,7 +203,9 @@ def _check_folder(out: Path, asked: dict[str, Any]) -> Made | None:
             path.unlink()
         return None
     if shards:
-        raise ShardsError(f"out={out} holds {shards[0]}, which no making of ours wrote: give another folder, or empty this one.")
+        raise ShardsError(
+            f"out={out} holds {shards[0]}, which no making of ours wrote: give another folder, or empty this one."
+        )
     return None
 
 
@@ -205,12 +219,16 @@ def _alone(out: Path) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):  # else a making that ended took it away
+            if path.exists() and os.path.samestat(
+                os.fstat(handle), os.stat(path)
+            ):  # else a making that ended took it away
                 break
         except BlockingIOError:
             if time.monotonic() - begin > _LOCK_SECONDS:
                 os.close(handle)
-                raise ShardsError(f"out={out}: another making is at work in it; let it end, or give another folder.") from None
+                raise ShardsError(
+                    f"out={out}: another making is at work in it; let it end, or give another folder."
+                ) from None
         os.close(handle)
         time.sleep(0.1)
     try:

@@ -111,4 +111,6 @@ def columns_of(path: str) -> list[str]:
         if isinstance(row, dict):
             return list(row)
         raise ValueError(f"from={path}: its first row is {row}; write a header line (CSV) or a JSON object a line")
-    raise ValueError(f"from={path} holds no row; write a header line and a row for each picture (CSV), or a JSON object a line")
+    raise ValueError(
+        f"from={path} holds no row; write a header line and a row for each picture (CSV), or a JSON object a line"
+    )

@@ -71,10 +71,14 @@ def read_listing(folder: Path, parts: int, known: list[str] | None) -> Listing:
         for start, listed in _lines(folder, part):
             unknown = next((name for name in listed.classes if names.of(name) is None), None)
             if unknown is not None:
-                left.append(LeftOut(listed.key, f"its class {unknown} is not among the {len(names.number)} class names"))
+                left.append(
+                    LeftOut(listed.key, f"its class {unknown} is not among the {len(names.number)} class names")
+                )
                 continue
             if known is not None and listed.labels and max(listed.labels) >= len(known):
-                left.append(LeftOut(listed.key, f"label {max(listed.labels)} has no class name: there are {len(known)}"))
+                left.append(
+                    LeftOut(listed.key, f"label {max(listed.labels)} has no class name: there are {len(known)}")
+                )
                 continue
             numbered, named = numbered or (listed.labels and listed.key), named or (listed.classes and listed.key)
             label = listed.labels[0] if listed.labels else _NO_CLASS
@@ -104,7 +108,9 @@ def split(listing: Listing, making: Making) -> dict[str, I64]:
     if not count:
         return {making.name: order}
     if count >= n:
-        raise ShardsError(f"{count} of {n} pictures would be held out, and none is left for {making.name}: hold out fewer.")
+        raise ShardsError(
+            f"{count} of {n} pictures would be held out, and none is left for {making.name}: hold out fewer."
+        )
     by_class = order[np.argsort(listing.first[order], kind="stable")]
     place = np.arange(n)
     # Picture p of the pictures by class is held out where p * count / n passes a whole number: evenly over all of them.

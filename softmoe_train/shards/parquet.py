@@ -47,10 +47,14 @@ class ParquetSource:
 
     def items(self, part: RowGroup) -> Iterator[Item | LeftOut]:
         """An item for each row, with its picture's bytes at hand."""
-        wanted = [c for c in (self.columns.image, self.columns.label, self.columns.text, self.columns.key) if c is not None]
+        wanted = [
+            c for c in (self.columns.image, self.columns.label, self.columns.text, self.columns.key) if c is not None
+        ]
         stem, number = os.path.basename(part.path).removesuffix(".parquet").replace(".", "_"), part.first
         with _open(part.path) as file:
-            batches = file.iter_batches(_ROWS, row_groups=[part.group], columns=[*dict.fromkeys([*wanted, *self.columns.extra])])
+            batches = file.iter_batches(
+                _ROWS, row_groups=[part.group], columns=[*dict.fromkeys([*wanted, *self.columns.extra])]
+            )
             for batch in batches:
                 for row in batch.to_pylist():
                     key = row.get(self.columns.key) if self.columns.key is not None else None

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,26 +26,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processes: int) -> Iterator[Result]:
-    """The results in the order of the tasks; one process is this one. Raises what a task raised, or ShardsError where a worker died."""
+def in_processes(
+    work: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    processes: int,
+    named: Callable[[Task], str] = lambda _: "",
+) -> Iterator[Result]:
+    """The results in the order of the tasks; one process is this one.
+
+    Raises what a task raised, or ShardsError where a worker died, with the names of the tasks that one of them was at.
+    """
     if processes == 1:
         yield from map(work, tasks)
         return
     ours, theirs = multiprocessing.Pipe()
     pool = ProcessPoolExecutor(processes, initializer=_start, initargs=(ours, theirs))
-    waiting: list[Future[Result]] = []  # in the order of the tasks
+    waiting: deque[tuple[Task, Future[Result]]] = deque()  # in the order of the tasks
     try:
         for task in tasks:
-            while len(open_ones := [future for future in waiting if not future.done()]) >= _AHEAD * processes:
-                wait(open_ones, return_when=FIRST_COMPLETED)
-            while waiting and waiting[0].done():
-                yield waiting.pop(0).result()
-            waiting.append(pool.submit(work, task))
+            while len(at_work := [future for _, future in waiting if not future.done()]) >= _AHEAD * processes:
+                wait(at_work, return_when=FIRST_COMPLETED)
+            while waiting and waiting[0][1].done():
+                yield waiting[0][1].result()
+                waiting.popleft()
+            waiting.append((task, pool.submit(work, task)))
         while waiting:
-            yield waiting.pop(0).result()
+            yield waiting[0][1].result()
+            waiting.popleft()
         pool.shutdown()
     except BrokenProcessPool:
-        raise ShardsError("a worker process ended unexpectedly: was it killed, for memory perhaps? The same command goes on.") from None
+        at = [named(task) for task, future in waiting if not future.done() or future.exception() is not None]
+        where = " or ".join(filter(None, at[: _AHEAD * processes]))
+        raise ShardsError(
+            f"a worker process ended unexpectedly{where and f', at {where}'}: was it killed, for memory perhaps?"
+        ) from None
     finally:
         ours.close()  # ends what is still at work, where the results are not wanted any more
         theirs.close()

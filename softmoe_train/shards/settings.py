@@ -1,13 +1,14 @@
 """This file owns the keys of `softmoe shards make` and the rules that they keep, and the error of a making that has to stop."""
 
 import glob
+import importlib.util
 import os
 import re
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from softmoe_train.config import Record
+from softmoe_train.config import JsonOut, Record, out_problems
 from softmoe_train.observe.console import ProgressKind
 
 Positive = Annotated[int, Field(ge=1)]
@@ -61,14 +62,21 @@ class Making(Record):
             problems.append("out is not set; name the folder for the shards, as in out=shards/mine")
         elif os.path.exists(self.out) and not os.path.isdir(self.out):
             problems.append(f"out={self.out} is not a folder; name another")
-        for key in ("name", "held_out"):
-            if not _NAME.fullmatch(getattr(self, key)):
-                problems.append(f"{key}={getattr(self, key)!r} is no beginning of a file name; use letters, digits, - and _")
+        problems += [
+            f"{key}={getattr(self, key)!r} is no beginning of a file name; use letters, digits, - and _"
+            for key in ("name", "held_out")
+            if not _NAME.fullmatch(getattr(self, key))
+        ]
         if self.name == self.held_out:
-            problems.append(f"name={self.name} and held_out={self.held_out} are the same: shards would overwrite each other; change one")
+            problems.append(
+                f"name={self.name} and held_out={self.held_out} are the same: shards would overwrite each other; change one"
+            )
         sizes = [key for key in ("samples_per_shard", "shards", "shard_mib") if getattr(self, key) is not None]
         if len(sizes) != 1:
-            given = ", ".join(f"{key}={getattr(self, key)}" for key in sizes) or "none of samples_per_shard, shards and shard_mib"
+            given = (
+                ", ".join(f"{key}={getattr(self, key)}" for key in sizes)
+                or "none of samples_per_shard, shards and shard_mib"
+            )
             problems.append(f"{given}: exactly one says how large shards are; give one")
         tests = [key for key in ("test_fraction", "test_count", "test_every") if getattr(self, key) is not None]
         if len(tests) > 1:
@@ -99,13 +107,17 @@ class MakeSettings(Making):
             if getattr(self, key) and self.source not in sources:
                 problems.append(f"{key}={getattr(self, key)} does nothing with source={self.source}; leave it out")
         if self.synsets is not None and self.labels is None:
-            problems.append(f"synsets={self.synsets} says what the numbers of labels= mean; give labels=FILE, or leave it out")
+            problems.append(
+                f"synsets={self.synsets} says what the numbers of labels= mean; give labels=FILE, or leave it out"
+            )
         for key in ("classes", "labels", "synsets"):
             path = getattr(self, key)
             if path is not None and not os.path.isfile(path):
                 problems.append(f"{key}={path} is not a file; correct the path (relative ones start at {os.getcwd()})")
         if self.root is not None and not os.path.isdir(self.root):
-            problems.append(f"root={self.root} is not a folder; correct the path (relative ones start at {os.getcwd()})")
+            problems.append(
+                f"root={self.root} is not a folder; correct the path (relative ones start at {os.getcwd()})"
+            )
         return problems + _from_problems(self.source, self.from_)
 
     def files(self) -> list[str]:
@@ -116,7 +128,9 @@ class MakeSettings(Making):
 
 def _from_problems(source: SourceKind, given: str | None) -> list[str]:
     if given is None:
-        return ["from is not set; name the folder, archive, manifest or parquet file with the pictures, as in from=pictures"]
+        return [
+            "from is not set; name the folder, archive, manifest or parquet file with the pictures, as in from=pictures"
+        ]
     start = f"correct the path (relative ones start at {os.getcwd()})"
     match source:
         case "folder":
@@ -142,3 +156,23 @@ def _files(source: SourceKind, given: str) -> list[str]:
     if glob.has_magic(given) and not os.path.exists(given):
         return sorted(glob.glob(given), key=os.fsencode)
     return [given]
+
+
+class CheckSettings(Record):
+    """Keys of `softmoe shards check` beside those of a run."""
+
+    ranks: Positive | None
+    out: JsonOut
+    picture: str | None
+    quarantine: str | None
+    processes: Positive | None
+    progress: ProgressKind
+
+    def problems(self) -> list[str]:
+        """Why a file could not be written."""
+        problems = out_problems("picture", self.picture, ".png") + out_problems("quarantine", self.quarantine, ".jsonl")
+        if self.picture is not None and importlib.util.find_spec("matplotlib") is None:
+            problems.append(
+                f'picture={self.picture} needs matplotlib, which is not installed; pip install "softmoe-train[pictures]"'
+            )
+        return problems

@@ -32,7 +32,9 @@ def choose_columns(
     ]
     image = given["image_column"] or image
     if image not in there and given["image_column"] is None:
-        problems.append(f"{what} has no column {image}; name the pictures' with image_column=, one of {', '.join(there)}")
+        problems.append(
+            f"{what} has no column {image}; name the pictures' with image_column=, one of {', '.join(there)}"
+        )
     label = given["label_column"] or next((column for column in LABEL_COLUMNS if column in there), None)
     text = given["text_column"] or ("text" if "text" in there else None)
     if label is None and text is None:

@@ -94,7 +94,9 @@ class Write:
         if listed.text is not None:
             sample["txt"] = listed.text.encode()
         if listed.extra is not None:
-            sample["json"] = json.dumps(listed.extra, ensure_ascii=False, sort_keys=True).encode("utf-8", "backslashreplace")
+            sample["json"] = json.dumps(listed.extra, ensure_ascii=False, sort_keys=True).encode(
+                "utf-8", "backslashreplace"
+            )
         return sample
 
 

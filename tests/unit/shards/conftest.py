@@ -1,6 +1,7 @@
 """Pictures on the disk to make shards of, and shards read back by tarfile alone."""
 
 import io
+import json
 import os
 import tarfile
 from collections.abc import Callable
@@ -77,7 +78,6 @@ def opened(data: bytes) -> Image.Image:
 
 def left_out(out: Path) -> dict[str, str]:
     """What left_out.jsonl says: reasons by name."""
-    import json
 
     lines = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
     return {line["name"]: line["reason"] for line in lines}

@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,16 @@ def test_each_picture_of_a_folder_comes_once_with_its_class_and_its_own_bytes(pi
         for path, name in files.items()
     }
     assert (out / "classes.txt").read_text() == "a\nb\nc\n"
-    assert sorted(path.name for path in out.iterdir() if path.suffix != ".tar") == ["classes.txt", "left_out.jsonl", "make.json"]
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".tar") == [
+        "classes.txt",
+        "left_out.jsonl",
+        "make.json",
+    ]
 
 
-def test_shards_are_even_and_hold_a_mixture_and_what_is_held_out_is_of_each_class(pictures: Path, tmp_path: Path) -> None:
+def test_shards_are_even_and_hold_a_mixture_and_what_is_held_out_is_of_each_class(
+    pictures: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     make(f"from={pictures}", f"out={out}", "samples_per_shard=9", "test_fraction=0.25")
     assert counts(out) == [7, 8, 7, 8]
@@ -46,9 +53,16 @@ def test_shards_are_even_and_hold_a_mixture_and_what_is_held_out_is_of_each_clas
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [("samples_per_shard=40", [40]), ("shards=3", [13, 13, 14]), ("shards=1000", [1] * 40), ("shard_mib=0.005", [8] * 5)],
+    [
+        ("samples_per_shard=40", [40]),
+        ("shards=3", [13, 13, 14]),
+        ("shards=1000", [1] * 40),
+        ("shard_mib=0.005", [8] * 5),
+    ],
 )
-def test_shards_have_the_size_that_was_asked_for(pictures: Path, tmp_path: Path, size: str, expected: list[int]) -> None:
+def test_shards_have_the_size_that_was_asked_for(
+    pictures: Path, tmp_path: Path, size: str, expected: list[int]
+) -> None:
     make(f"from={pictures}", f"out={tmp_path}/out", size)
     assert counts(tmp_path / "out") == expected
 
@@ -110,7 +124,7 @@ def test_a_making_killed_at_any_of_its_moments_goes_on_to_the_same_bytes(
     moments = 0
     for moment in range(100):
         out = tmp_path / f"killed{moment}"
-        code = forked(lambda: killed_at(moment, after=moment % 2 == 1))
+        code = forked(partial(killed_at, moment, after=moment % 2 == 1))
         if code == 0:
             break
         moments += 1
@@ -287,7 +301,14 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_made(tmp_path: Path, capsy
     asked = ["from=nowhere", "name=a/b", "shards=3", "samples_per_shard=10", "test_count=3", "test_every=4", "root=."]
     assert main(["shards", "make", *asked]) == 2
     said = capsys.readouterr().err
-    for word in ("from=nowhere", "name='a/b'", "out is not set", "exactly one", "how much is held out", "root=. does nothing"):
+    for word in (
+        "from=nowhere",
+        "name='a/b'",
+        "out is not set",
+        "exactly one",
+        "how much is held out",
+        "root=. does nothing",
+    ):
         assert word in said, word
     assert said.startswith("softmoe shards: 6 mistakes")
     assert not list(tmp_path.iterdir())
@@ -315,4 +336,8 @@ def test_pictures_are_made_smaller_upright_and_only_where_they_are_larger(tmp_pa
     assert abs(turned[5, 15].astype(int) - upright[10, 30]).max() < 12
     assert abs(turned[40, 15].astype(int) - upright[80, 30]).max() < 12
     make(f"from={tmp_path}/pictures", f"out={tmp_path}/long", "resize=30", "resize_side=long")
-    assert decode_image(samples(tmp_path / "long" / "train-000000.tar")["a/large"]["png"], max_pixels=10**6).shape == (20, 30, 3)
+    assert decode_image(samples(tmp_path / "long" / "train-000000.tar")["a/large"]["png"], max_pixels=10**6).shape == (
+        20,
+        30,
+        3,
+    )

@@ -29,7 +29,9 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 def class_tars() -> dict[str, bytes]:
     """A tar a synset, as ImageNet's training archive holds them, in an order that is not sorted."""
     return {
-        f"{synset}.tar": tar_of({f"{synset}_{n}.JPEG": picture(100 * SYNSETS.index(synset) + n, "JPEG") for n in range(5)})
+        f"{synset}.tar": tar_of(
+            {f"{synset}_{n}.JPEG": picture(100 * SYNSETS.index(synset) + n, "JPEG") for n in range(5)}
+        )
         for synset in reversed(SYNSETS)
     }
 
@@ -37,7 +39,14 @@ def class_tars() -> dict[str, bytes]:
 def trains(data: Path, classes: int, folder: Path) -> None:
     """Two steps on the shards."""
     run = ["recipe=debug", "observe.wandb.mode=disabled", "observe.progress=plain", f"run_dir={folder}/run"]
-    asked = [f"data.train={data}", "data.test=null", f"model.num_classes={classes}", "steps=2", "schedule.warmup_steps=1", "evals=[]"]
+    asked = [
+        f"data.train={data}",
+        "data.test=null",
+        f"model.num_classes={classes}",
+        "steps=2",
+        "schedule.warmup_steps=1",
+        "evals=[]",
+    ]
     assert main(["train", *run, "data=digits", *asked, "batch_size=8"]) == 0
 
 
@@ -83,10 +92,17 @@ def validation(tmp_path: Path) -> Path:
     ],
     ids=["synsets", "numbers of the development kit", "Kaggle's CSV"],
 )  # fmt: skip
-def test_imagenet_s_validation_archive_gets_the_training_set_s_numbers(tmp_path: Path, lines: str, synsets: str | None) -> None:
+def test_imagenet_s_validation_archive_gets_the_training_set_s_numbers(
+    tmp_path: Path, lines: str, synsets: str | None
+) -> None:
     write(tmp_path / "truth.txt", lines.encode())
     write(tmp_path / "classes.txt", "".join(f"{synset}\n" for synset in SYNSETS).encode())
-    asked = ["source=archives", f"from={validation(tmp_path)}", f"labels={tmp_path}/truth.txt", f"classes={tmp_path}/classes.txt"]
+    asked = [
+        "source=archives",
+        f"from={validation(tmp_path)}",
+        f"labels={tmp_path}/truth.txt",
+        f"classes={tmp_path}/classes.txt",
+    ]
     if synsets is not None:
         write(tmp_path / "map_clsloc.txt", synsets.encode())
         asked.append(f"synsets={tmp_path}/map_clsloc.txt")
@@ -201,7 +217,10 @@ def test_parquet_of_hugging_face_s_kind_trains(tmp_path: Path) -> None:
     assert make(*asked, f"out={tmp_path}/out") == 0
     found = samples(*(tmp_path / "out").glob("*.tar"))
     assert {key: (one["cls"], one["jpg"]) for key, one in found.items()} == {
-        f"train-{file}-{n:08d}": (str(n % 2).encode(), picture(10 * file + n, "JPEG")) for file in range(2) for n in range(10) if n != 3
+        f"train-{file}-{n:08d}": (str(n % 2).encode(), picture(10 * file + n, "JPEG"))
+        for file in range(2)
+        for n in range(10)
+        if n != 3
     }
     assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\n"
     assert list(left_out(tmp_path / "out")) == ["train-0-00000003", "train-1-00000003"]
