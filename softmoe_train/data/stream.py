@@ -27,7 +27,7 @@ from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches
 
-_GRACE_BATCHES = 2  # that a run takes while its ranks agree to end together for too many broken samples
+_GRACE_BATCHES = 2  # with too many broken samples that a run takes while its ranks agree to end together
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
 
