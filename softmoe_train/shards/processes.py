@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from softmoe_train.shards.settings import ShardsError
+from softmoe_train.shards.settings import StoppedError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ def in_processes(
 ) -> Iterator[Result]:
     """The results in the order of the tasks; one process is this one.
 
-    Raises what a task raised, or ShardsError where a worker died, with the names of the tasks that one of them was at.
+    Raises what a task raised, or StoppedError where a worker died, with the names of the tasks that one of them was at.
     """
     if processes == 1:
         yield from map(work, tasks)
@@ -57,7 +57,7 @@ def in_processes(
     except BrokenProcessPool:
         at = [named(task) for task, future in waiting if not future.done() or future.exception() is not None]
         where = " or ".join(filter(None, at[: _AHEAD * processes]))
-        raise ShardsError(
+        raise StoppedError(
             f"a worker process ended unexpectedly{where and f', at {where}'}: was it killed, for memory perhaps?"
         ) from None
     finally:
