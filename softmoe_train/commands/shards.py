@@ -7,14 +7,13 @@ from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError, compose, compose_own, split_overrides
 from softmoe_train.data import SyntheticConfig
 from softmoe_train.settings import RunConfig
-from softmoe_train.shards import MakeSettings, StoppedError, make_shards
+from softmoe_train.shards import StoppedError, make_shards
 from softmoe_train.shards.build import build_source, read_classes
 from softmoe_train.shards.check import check_shards, specs_of
 from softmoe_train.shards.histogram import draw_checked
 from softmoe_train.shards.index import index_data
-from softmoe_train.shards.make import asked_of
 from softmoe_train.shards.report import print_checked, read_quarantine, write_document, write_quarantine
-from softmoe_train.shards.settings import CheckSettings, IndexSettings
+from softmoe_train.shards.settings import CheckSettings, IndexSettings, MakeSettings
 from softmoe_train.shards.told import told_of
 
 FAILED = 1
@@ -61,7 +60,7 @@ def _make(overrides: list[str]) -> int:
             problems += str(error).split("\n")
     if settings is None or source is None or problems:
         raise ConfigError(problems)
-    print(told_of(settings, make_shards(source, settings, asked=asked_of(settings), classes=classes)), flush=True)
+    print(told_of(settings, make_shards(source, settings, classes=classes)), flush=True)
     return 0
 
 

@@ -47,6 +47,7 @@ def index_data(settings: IndexSettings) -> Indexed:
 
 def publish(folders: dict[str, list[str]], processes: int | None, progress: ProgressKind) -> Indexed:
     """Write into each folder the index of its tars; nothing where one of them is damaged."""
+    folders = {folder: list(map(os.path.abspath, of)) for folder, of in folders.items()}  # as indexes are cached
     paths = [path for of in folders.values() for path in of]
     made: dict[str, Shard] = {}
     problems = []

@@ -48,11 +48,11 @@ class Made(NamedTuple):
     already: bool
 
 
-def make_shards(source: Source[Any], making: Making, *, asked: dict[str, Any], classes: list[str] | None) -> Made:
-    """Make shards of all pictures of `source` in the folder `out`; `asked` tells what was asked for, to know it again.
+def make_shards(source: Source[Any], making: Making, *, classes: list[str] | None = None) -> Made:
+    """Make shards of all pictures of `source` in the folder `out`, and the index of them; `classes` are names in the order of their numbers.
 
-    `classes` are names in the order of their numbers, where they are given. Raises ValueError for settings that contradict each other, and
-    StoppedError where the making cannot go on: the folder keeps what is done.
+    Raises ValueError for settings that contradict each other, and StoppedError where the making cannot go on: the folder keeps what
+    is done, and the same call goes on.
     """
     problems = making.problems()
     if problems:
@@ -62,7 +62,9 @@ def make_shards(source: Source[Any], making: Making, *, asked: dict[str, Any], c
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(out):
         try:
-            return _make(source, making, out, {**asked, "facts": source.facts()}, classes or source.class_names())
+            return _make(
+                source, making, out, {**asked_of(making), "facts": source.facts()}, classes or source.class_names()
+            )
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StoppedError(

@@ -4,11 +4,11 @@ import glob
 import importlib.util
 import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from softmoe_train.config import JsonOut, Record, out_problems
+from softmoe_train.config import ConfigError, JsonOut, Record, config_folder, load_yaml, out_problems, parse
 from softmoe_train.data.places import expand_shards, is_url
 from softmoe_train.observe.console import ProgressKind
 from softmoe_train.redact import without_secrets
@@ -85,6 +85,19 @@ class Making(Record):
             given = ", ".join(f"{key}={getattr(self, key)}" for key in tests)
             problems.append(f"{given}: each says how much is held out; give one")
         return problems
+
+
+def making(**changes: Any) -> Making:
+    """The values of conf/shards_make.yaml with `changes`, for a program that has a source of its own; raises ValueError."""
+    values = {
+        key: value
+        for key, value in load_yaml(config_folder() / "shards_make.yaml").items()
+        if key in Making.model_fields
+    }
+    settings, problems = parse(Making, {**values, **changes})
+    if settings is None or problems:
+        raise ConfigError(problems)
+    return settings
 
 
 class MakeSettings(Making):
