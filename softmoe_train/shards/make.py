@@ -71,6 +71,9 @@ def make_shards(source: Source[Any], making: Making, *, classes: list[str] | Non
                     f"out={out}: {error.strerror}; free some room, and the same command goes on."
                 ) from None
             raise StoppedError(f"{error}; when that is mended, the same command goes on.") from error
+        finally:
+            if not (out / WORK / PLAN).exists():  # the folder is another's
+                shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def asked_of(making: Making) -> dict[str, Any]:

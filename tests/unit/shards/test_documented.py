@@ -29,7 +29,10 @@ def archives(folder: Path) -> None:
 
 def test_the_guide_runs_as_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     archives(tmp_path)
-    rows = "".join(f"{path.relative_to(tmp_path)},{path.relative_to(pictures).parts[0]}\n" for path in sorted(pictures.rglob("*.png")))
+    rows = "".join(
+        f"{path.relative_to(tmp_path)},{path.relative_to(pictures).parts[0]}\n"
+        for path in sorted(pictures.rglob("*.png"))
+    )
     write(tmp_path / "list.csv", f"path,class\n{rows}".encode())
     has_parquet = importlib.util.find_spec("pyarrow") is not None
     if has_parquet:
