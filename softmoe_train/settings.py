@@ -123,6 +123,13 @@ FREE = {
     "data.prefetch", "data.max_broken",
 }  # fmt: skip
 
+# What a setting was before there was a choice: a checkpoint from then lacks the key.
+BEFORE = {
+    "data.scaled_decode": False,
+    "data.train_transform.arithmetic": "float32",
+    "data.test_transform.arithmetic": "float32",
+}
+
 
 def _retry_problems(config: RunConfig) -> list[str]:
     """Why the tries of a last save would look like a hang."""
@@ -370,6 +377,7 @@ def _newest_config(folder: Place) -> tuple[Place | None, object]:
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that shape a run's numbers and differ between two saved configurations, each with both values."""
     old, new = flat(saved), flat(now)
+    old = {key: value for key, value in BEFORE.items() if key in new} | old
     free = tuple(f"{key}." for key in FREE)
     return [
         f"{key}={new.get(key)} (was {old.get(key)})"

@@ -16,7 +16,7 @@ from softmoe_train.data.records import (
 )
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
-from softmoe_train.data.transforms import build_transform, check_transform
+from softmoe_train.data.transforms import build_transform, check_transform, may_scale
 from softmoe_train.data.workers import Decoding
 
 
@@ -107,7 +107,10 @@ def _pictures(
             f"{key}={spec} names {len(shards)} shards without a single sample: name shards that hold pictures."
         )
     reader = SampleReader(shards, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
-    return Pictures(reader, build_transform(transform, image_size), image_size, seed, randaugment)
+    scaled = cfg.scaled_decode and key == "data.train" and may_scale(transform)
+    return Pictures(
+        reader, build_transform(transform, image_size, scaled=scaled), image_size, seed, randaugment, scaled
+    )
 
 
 def check_streams(streams: int, global_batch: int, world: int) -> list[str]:

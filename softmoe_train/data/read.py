@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Broken
-from softmoe_train.data.decode import UnreadableSampleError, decode_image
+from softmoe_train.data.decode import Encoded, UnreadableSampleError, open_image
 from softmoe_train.data.index import Samples, Shard, samples_of
 from softmoe_train.data.labels import MAX_LABEL_BYTES, classes_of
 
@@ -33,14 +33,14 @@ class SampleReader:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
-    def read(self, shard: int, index: int) -> tuple[NDArray[np.uint8], list[int]]:
-        """The picture (H x W x 3) and the labels of a sample; raises UnreadableSampleError with the reason."""
+    def read(self, shard: int, index: int) -> tuple[Encoded, list[int]]:
+        """The picture, not yet decoded, and the labels of a sample; raises UnreadableSampleError with the reason."""
         samples = self._samples(shard)
         label = self._bytes(shard, samples.where["cls"][index], MAX_LABEL_BYTES, "label (.cls)")
         classes = classes_of(label, labels=self.labels, num_classes=self.num_classes)
         # Raw pixels at 16 bits are the most that a picture within the limit can take.
         picture = self._bytes(shard, samples.where["image"][index], 6 * self.max_pixels + (1 << 20), "picture")
-        return decode_image(picture, max_pixels=self.max_pixels), classes
+        return open_image(picture, max_pixels=self.max_pixels), classes
 
     def describe(self, shard: int, index: int, reason: str) -> Broken:
         """The report of a sample that could not be read."""

@@ -24,7 +24,7 @@ from softmoe_train.data.randaugment import rand_augment
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
-from softmoe_train.data.workers import Decoding, load_batches
+from softmoe_train.data.workers import Decoding, load_batches, shared_zeros
 
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
@@ -66,27 +66,23 @@ class Pictures:
     image_size: int
     seed: int
     randaugment: RandAugment | None
+    scaled_decode: bool
 
-    def row(self, shard: int, index: int, g: int) -> tuple[NDArray[np.uint8], list[int]]:
-        """The picture (S x S x 3) and labels of a stored sample in sample g's place; raises UnreadableSampleError."""
-        picture, classes = self.reader.read(shard, index)
-        picture = self.transform(picture, Draws(self.seed, g, "augment"))
-        if self.randaugment is not None:
-            picture = rand_augment(picture, self.randaugment, Draws(self.seed, g, "randaugment"))
-        return picture, classes
-
-    def empty(self, rows: int) -> tuple[NDArray[np.uint8], torch.Tensor]:
-        """Black images and labels of nothing for `rows` rows."""
-        images = np.zeros((rows, 3, self.image_size, self.image_size), np.uint8)
+    def empty(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Black images, where the training process can read them too, and labels of nothing for `rows` rows."""
+        images = shared_zeros((rows, 3, self.image_size, self.image_size))
         if self.reader.labels == "hard":
             return images, torch.zeros(rows, dtype=torch.int64)
         return images, torch.zeros(rows, self.reader.num_classes)
 
-    def fill(
-        self, images: NDArray[np.uint8], labels: torch.Tensor, at: int, picture: NDArray[np.uint8], classes: list[int]
-    ) -> None:
-        """Write one row."""
-        images[at] = picture.transpose(2, 0, 1)
+    def fill(self, images: torch.Tensor, labels: torch.Tensor, at: int, shard: int, index: int, g: int) -> None:
+        """Write a stored sample in sample g's place into row `at`; raises UnreadableSampleError and writes nothing where it cannot."""
+        picture, classes = self.reader.read(shard, index)
+        out = images[at].numpy()
+        self.transform(picture, Draws(self.seed, g, "augment"), out)
+        if self.randaugment is not None:
+            upright = np.ascontiguousarray(out.transpose(1, 2, 0))
+            out[...] = rand_augment(upright, self.randaugment, Draws(self.seed, g, "randaugment")).transpose(2, 0, 1)
         if labels.ndim == 1:
             labels[at] = classes[0]
         else:
@@ -104,25 +100,26 @@ class _TrainBatches(Dataset[Batch]):
         broken: list[Broken] = []
         for at, (g, shard, index) in enumerate(zip(rows.tolist(), *where, strict=True)):
             try:
-                row = self.pictures.row(shard, index, g)
+                self.pictures.fill(images, labels, at, shard, index, g)
             except UnreadableSampleError as error:
                 broken.append(self.pictures.reader.describe(shard, index, str(error)))
-                row = self._replacement(g, broken[-1])
-            self.pictures.fill(images, labels, at, *row)
+                self._replace(images, labels, at, g, broken[-1])
         if self.mixup is not None:
-            images, labels = self.mixup.mix(images, labels, rows, self.share.apart)
+            mixed, labels = self.mixup.mix(images.numpy(), labels, rows, self.share.apart)
+            images = torch.from_numpy(mixed)
         mask = torch.ones(len(rows), dtype=torch.bool)
         cursor = Cursor(position + self.share.global_batch)
-        return Batch(torch.from_numpy(images), labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
+        return Batch(images, labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
 
-    def _replacement(self, g: int, first: Broken) -> tuple[NDArray[np.uint8], list[int]]:
-        """The next good sample of g's stream in the epoch, augmented as g: the same on every layout."""
+    def _replace(self, images: torch.Tensor, labels: torch.Tensor, at: int, g: int, first: Broken) -> None:
+        """Write the next good sample of g's stream in the epoch, augmented as g: the same on every layout."""
         for step in range(1, _TRIES + 1):
             shard, index = self.order.locate(np.asarray([self.order.successor(g, step)]))
             try:
-                return self.pictures.row(int(shard[0]), int(index[0]), g)
+                self.pictures.fill(images, labels, at, int(shard[0]), int(index[0]), g)
             except UnreadableSampleError:
                 continue
+            return
         raise RuntimeError(
             f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {_TRIES} "
             f"samples that follow it in its stream: these shards do not hold what `data` says; check them."
@@ -159,6 +156,7 @@ class WebDatasetStream:
         # Only what is on: a checkpoint from before there was a choice has the same fingerprint.
         augmentation = {} if randaugment is None else {"randaugment": randaugment.model_dump()}
         augmentation |= {} if mixup is None else {"mixup": mixup.p}
+        augmentation |= {"scaled_decode": True} if self._batches.pictures.scaled_decode else {}
         return {
             "kind": "webdataset",
             "data": data_hash(self._batches.pictures.reader.shards),
@@ -203,12 +201,12 @@ class _EvalBatches(Dataset[Batch]):
             index = g - int(self.ends[shard]) + self.pictures.reader.shards[shard].count
             ids[at] = g
             try:
-                self.pictures.fill(images, labels, at, *self.pictures.row(shard, index, g))
+                self.pictures.fill(images, labels, at, shard, index, g)
                 mask[at] = True
             except UnreadableSampleError as error:
                 broken.append(self.pictures.reader.describe(shard, index, str(error)))
         cursor = Cursor((step + 1) * self.world * self.rank_batch)
-        return Batch(torch.from_numpy(images), labels, mask, ids, cursor, tuple(broken))
+        return Batch(images, labels, mask, ids, cursor, tuple(broken))
 
 
 class EvalStream:

@@ -21,7 +21,14 @@ from softmoe_train.data.records import InceptionCrop, PaddedCrop, Resize, Resize
 from tests.unit.data.conftest import encoded, numbered_picture, numbers_of, settings, write_tar
 
 INCEPTION = InceptionCrop(
-    kind="inception_crop", min_area=0.05, max_area=1.0, min_aspect=0.75, max_aspect=1.33, antialias=False, flip=True
+    kind="inception_crop",
+    min_area=0.05,
+    max_area=1.0,
+    min_aspect=0.75,
+    max_aspect=1.33,
+    antialias=False,
+    flip=True,
+    arithmetic="float32",
 )
 TRANSFORMS = [
     INCEPTION,
@@ -369,3 +376,7 @@ def test_fingerprints_tell_orders_apart(numbered_shards) -> None:
     assert stream(settings(train=f"{folder}/train-*.tar", workers=2), 1, 2, batch=4).fingerprint() == plain
     for change in ({"streams": 8}, {"shuffle_window": 9}, {"block": 5}):
         assert stream(settings(train=folder, **change)).fingerprint() != plain
+    assert "scaled_decode" not in plain
+    assert stream(settings(train=folder, scaled_decode=True)).fingerprint() == plain, "a plain resize reads all pixels"
+    cropped = settings(train=folder, scaled_decode=True, train_transform=INCEPTION)
+    assert stream(cropped).fingerprint() == {**plain, "scaled_decode": True}
