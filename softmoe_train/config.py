@@ -192,7 +192,8 @@ def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:
         for override in sorted(overrides, key=lambda o: not _chooses_group(o)):
             chosen = [o for o in good if _chooses_group(o)]
             error = _error([*chosen, override])
-            if error is None:
+            # What an override before it has made (`data.mixture={a: ...}` `data.mixture.a.weight=2`) is there with it alone.
+            if error is None or _error([*good, override]) is None:
                 good.append(override)
             else:
                 problems.append(_override_wording(override, error, chosen))

@@ -183,6 +183,7 @@ def fit(
             log.message(f"{asked}: saving step {state.step}, then ending")
         if reports:
             metrics = _train_metrics(state, plan, report, lr, broken)
+            metrics |= {f"data/{name}": value for name, value in stream.measures(state.cursor).items()}
             log.report(state.step, state.images_seen, metrics | meter.read())
             broken = 0
         with meter.paused():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field, field_validator
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.best import metric_of
 from softmoe_train.checkpoint.folder import checkpoints_of, step_folders, step_of
-from softmoe_train.checkpoint.remote import Place, RemotePath, driver_problem, place_of
+from softmoe_train.checkpoint.remote import Place, RemotePath, place_of
 from softmoe_train.checkpoint.saver import RETRY_SECONDS
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record, flat
@@ -28,6 +29,7 @@ from softmoe_train.optim.build import OptimConfig
 from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
 from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems, listed
 from softmoe_train.redact import without_secrets
+from softmoe_train.stores import driver_problem
 from softmoe_train.warm.settings import WarmConfig
 from softmoe_train.warm.start import warm_problems
 
@@ -122,6 +124,8 @@ FREE = {
     "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.workers",
     "data.prefetch", "data.max_broken",
 }  # fmt: skip
+# Shards may be moved: what they hold is in the stream's fingerprint.
+SHARDS_OF_A_SOURCE = re.compile(r"data\.mixture\.[^.]+\.shards")
 
 # What a setting was before there was a choice: a checkpoint from then lacks the key.
 BEFORE = {
@@ -378,9 +382,14 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that shape a run's numbers and differ between two saved configurations, each with both values."""
     old, new = flat(saved), flat(now)
     old = {key: value for key, value in BEFORE.items() if key in new} | old
-    free = tuple(f"{key}." for key in FREE)
     return [
         f"{key}={new.get(key)} (was {old.get(key)})"
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and (key in SHAPING or (key not in FREE and not key.startswith(free)))
+        if old.get(key) != new.get(key) and not _is_free(key)
     ]
+
+
+def _is_free(key: str) -> bool:
+    if key in SHAPING:
+        return False
+    return key in FREE or key.startswith(tuple(f"{one}." for one in FREE)) or bool(SHARDS_OF_A_SOURCE.fullmatch(key))

@@ -1,6 +1,6 @@
 """This file owns the record of what a run consumes: `python -m tests.consumed train [overrides]` is `softmoe train`, and writes it down.
 
-Each rank appends a line for each step that it took to a file in the folder CONSUMED of the environment. On a disk that is as slow as
+Each rank appends a line for each step that it took to a file in the folder CONSUMED of the environment; a run of one process is rank 0. On a disk that is as slow as
 SLOW_DISK says, in seconds for the tensors of a save, where that is set.
 """
 
@@ -9,13 +9,13 @@ import json
 import os
 import sys
 import time
+from functools import cache
 
 from softmoe_train import loop
 from softmoe_train.commands import workers
 from softmoe_train.commands.main import main
 from softmoe_train.data.batch import Batch
 from softmoe_train.engine.protocol import Engine
-from softmoe_train.launching.environment import under_launcher
 from softmoe_train.loop import StepReport
 
 CONSUMED = "SOFTMOE_TEST_CONSUMED"
@@ -33,9 +33,17 @@ def name_of(pixels: bytes) -> str:
 def recorded(engine: Engine, batch: Batch, lr: float, micro_batches: int) -> StepReport:
     """One step, then a line with the position after it and the pictures that it was given, as one write: a kill leaves all or nothing."""
     report = TRAIN_STEP(engine, batch, lr, micro_batches)
-    line = {"position": batch.cursor.position, "pictures": [name_of(image.numpy().tobytes()) for image in batch.images]}
-    os.write(FILE, json.dumps(line).encode() + b"\n")
+    pictures = [name_of(image.numpy().tobytes()) for image in batch.images]
+    line = {"position": batch.cursor.position, "samples": batch.sample_ids.tolist(), "pictures": pictures}
+    os.write(record(), json.dumps(line).encode() + b"\n")
     return report
+
+
+@cache
+def record() -> int:
+    """The file of this rank."""
+    path = os.path.join(os.environ[CONSUMED], f"rank_{os.environ.get('RANK', '0')}.jsonl")
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
 
 def flushed(file: int) -> None:
@@ -52,11 +60,7 @@ def launched(processes: int, command: list[str], *, grace_seconds: int, told: tu
 
 
 if __name__ == "__main__":
-    if under_launcher(os.environ):
-        path = os.path.join(os.environ[CONSUMED], f"rank_{os.environ['RANK']}.jsonl")
-        FILE = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        loop.train_step = recorded
-        os.fsync = flushed
-    else:
-        workers.launch_local = launched
+    loop.train_step = recorded
+    os.fsync = flushed
+    workers.launch_local = launched
     sys.exit(main(sys.argv[1:]))

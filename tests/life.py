@@ -28,10 +28,9 @@ class Life:
     """One start of the run in `folder`, from the launcher's start to the end of its last process."""
 
     def __init__(self, folder: Path, name: str, steps: int, *more: str, slow_disk: float = 0.0) -> None:
-        self.run, self.record = folder / name, folder / f"{name}_consumed"
-        self.record.mkdir(exist_ok=True)
-        file = self.record / "rank_0.jsonl"
-        self.recorded_before = file.stat().st_size if file.is_file() else 0
+        self.run, records = folder / name, folder / f"{name}_consumed"
+        self.record = records / f"life_{len(list(records.glob('life_*'))):04d}"
+        self.record.mkdir(parents=True)
         self.began, self.began_ns = time.monotonic(), time.time_ns()
         line = [*command(*RUN, f"steps={steps}", f"run_dir={name}", *more)]
         line[line.index("softmoe_train")] = "tests.consumed"
@@ -49,7 +48,6 @@ class Life:
         if not file.is_file():
             return []
         with file.open("rb") as lines:
-            lines.seek(self.recorded_before)
             return [json.loads(line)["position"] // BATCH for line in lines]
 
     def until(self, happened: Callable[[], object], look_seconds: float) -> None:

@@ -16,41 +16,63 @@ MEASURES = ("train/loss", "train/grad_norm", "train/learning_rate", "upstream/te
 
 
 def compared(folder: Path, name: str, steps: int) -> dict[str, bool]:
-    """Whether the run `name` of lives in `folder` ended as the one named `whole`, and went the same way."""
+    """Whether the run `name` of lives in `folder` ended as the one named `whole`, and went the same way, bit for bit on one layout."""
     whole, other = folder / "whole", folder / name
     last = f"checkpoints/step_{steps:08d}/loop.json"
     loops = [json.loads((run / last).read_text()) for run in (whole, other)]
-    keys = [consumed(folder, name, steps) for name in ("whole", name)]
     return {
         "weights and moments": same_bits(stored(whole, steps), stored(other, steps)),
         **{name: metrics(whole, name) == metrics(other, name) != {} for name in MEASURES},
-        "every step reported once": [*metrics(other, "train/loss")] == [*range(1, steps + 1)]
-        and len((whole / "metrics.jsonl").read_text().splitlines())
-        == len((other / "metrics.jsonl").read_text().splitlines()),
         "loop state": all(loops[0][key] == loops[1][key] for key in loops[0] if key != "wandb_id"),
-        "consumed keys": keys[0] == keys[1],
+        **same_way(folder, name, steps),
     }
 
 
+def same_way(folder: Path, name: str, steps: int) -> dict[str, bool]:
+    """Whether the run `name` went the way of the one named `whole`, on whatever ranks: its samples and its reports."""
+    whole, other = folder / "whole", folder / name
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, other)]
+    return {
+        "every step reported once": [*metrics(other, "train/loss")] == [*range(1, steps + 1)]
+        and len(lines[0]) == len(lines[1]),
+        "consumed keys": consumed(folder, "whole", steps) == consumed(folder, name, steps),
+    }
+
+
+def farthest_loss(folder: Path, name: str) -> float:
+    """How far the losses of the run `name` are at most from those of the one named `whole`: sums round otherwise on other ranks."""
+    whole, other = (metrics(folder / run, "train/loss") for run in ("whole", name))
+    return max(abs(whole[step] - other[step]) for step in whole)
+
+
 def consumed(folder: Path, name: str, steps: int) -> list[list[str]]:
-    """The keys of each step's samples, all ranks together, on the way to the end: what a kill undid is cut back."""
-    names, ranks = keys_by_name(folder), []
-    for file in sorted((folder / f"{name}_consumed").glob("rank_*.jsonl")):
-        way: list[list[str]] = []
-        for line in map(json.loads, file.read_text().splitlines()):
-            step = line["position"] // BATCH
-            assert step <= len(way) + 1, f"{file} jumps from step {len(way)} to {step}"
-            keys = [names[picture] for picture in line["pictures"]]
-            assert step > len(way) or way[step - 1] == keys, f"{file}: step {step} was not repeated as it was"
-            way[step - 1 :] = [keys]
-        assert len(way) == steps, (file, len(way))
-        ranks.append(way)
-    assert len(ranks) == 2
-    return [[key for keys in of_step for key in keys] for of_step in zip(*ranks, strict=True)]
+    """The shard and key of each step's samples, in their order over all ranks, on the way to the end: what a kill undid is cut back."""
+    names, way, seen = keys_by_name(folder), [], {}
+    for life in sorted((folder / f"{name}_consumed").iterdir()):
+        started = False
+        for file in sorted(life.iterdir()):
+            own = [json.loads(line) for line in file.read_text().splitlines()]
+            numbers = [line["position"] // BATCH for line in own]
+            assert numbers == list(range(numbers[0], numbers[0] + len(own))), f"{file} jumps: {numbers}"
+            if not started:
+                assert numbers[0] <= len(way) + 1, f"{file} jumps from step {len(way)} to {numbers[0]}"
+                del way[numbers[0] - 1 :]
+                started = True
+            way += [{} for _ in range(numbers[-1] - len(way))]
+            for step, line in zip(numbers, own, strict=True):
+                got = dict(zip(line["samples"], map(names.__getitem__, line["pictures"]), strict=True))
+                assert got == {number: seen.get(number, key) for number, key in got.items()}, f"{file}: {step} changed"
+                assert not got.keys() & way[step - 1].keys(), f"{file}: step {step} has samples of another rank"
+                seen |= got
+                way[step - 1] |= got
+    assert len(way) == steps, (name, len(way))
+    for step, got in enumerate(way):
+        assert sorted(got) == [*range(step * BATCH, (step + 1) * BATCH)], f"step {step + 1} lacks samples"
+    return [[got[number] for number in sorted(got)] for got in way]
 
 
 def keys_by_name(folder: Path) -> dict[str, str]:
-    """The key of each training picture by what stands for it in the record, read from the tars without our package."""
+    """The shard and key of each training picture by what stands for it in the record, read from the tars without our package."""
     names: dict[str, str] = {}
     for path in sorted((folder / "shards/digits").glob("train-*.tar")):
         with tarfile.open(path) as tar:
@@ -59,5 +81,6 @@ def keys_by_name(folder: Path) -> dict[str, str]:
                     png = tar.extractfile(member)
                     assert png is not None
                     pixels = np.asarray(Image.open(io.BytesIO(png.read())).convert("RGB")).transpose(2, 0, 1)
-                    names[name_of(np.ascontiguousarray(pixels).tobytes())] = member.name.removesuffix(".png")
+                    picture = name_of(np.ascontiguousarray(pixels).tobytes())
+                    names[picture] = f"{path.name} {member.name.removesuffix('.png')}"
     return names

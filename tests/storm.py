@@ -1,6 +1,10 @@
-"""This file owns the storm: a run on two ranks that is killed with SIGKILL again and again must end as if it had never been.
+"""This file owns the storm: a run that is killed with SIGKILL again and again must end as if it had never been.
 
     python -m tests.storm kills=50 seed=0 steps=300 out=storm.json
+    python -m tests.storm kills=20 worlds=1,2,4
+
+On two ranks it must end with the same bits. With `worlds`, each life draws its number of ranks from them, its expert axis and its
+micro-batches: then sums round otherwise, and what must be equal is the way, sample by sample, by shard and key.
 
 Real shards, real processes, real kills: of the launcher, of a rank, or of all, at instants drawn from the seed. Each kill is a line that
 tells what lay on the disk. One counts as in the middle of a save where, in a step folder newer than every complete one, bytes of
@@ -14,14 +18,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.life import EVERY, Life
 from tests.runs import with_digits
-from tests.same_run import compared
+from tests.same_run import compared, farthest_loss, same_way
 
 When = Literal["starting", "training", "saving"]
 WHOM = ("launcher", "rank 0", "rank 1", "all")
@@ -36,7 +40,16 @@ class Kill:
     whom: str
     after: int
     seconds: float
-    workers: int  # decode processes a rank, which may change from life to life
+    workers: int  # decode processes a rank, which may change from life to life, as the three below
+    world: int
+    axis: int
+    micro_batches: int
+
+    @property
+    def layout(self) -> list[str]:
+        """The settings of its life."""
+        names = {"processes": self.world, "parallel.expert_axis": self.axis, "micro_batches": self.micro_batches}
+        return [f"data.workers={self.workers}", *(f"{name}={value}" for name, value in names.items())]
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Found:
     mid_save: bool
 
 
-def drawn(kills: int, steps: int, seed: int) -> list[Kill]:
+def drawn(kills: int, steps: int, seed: int, worlds: list[int]) -> list[Kill]:
     """Kills spread over a run of `steps`; of ten, six wait for a save, three come in the training at large, one during the start."""
     draw = random.Random(seed)
     ten: list[When] = [
@@ -69,12 +82,17 @@ def drawn(kills: int, steps: int, seed: int) -> list[Kill]:
     draw.shuffle(whens)
     most = max(EVERY, 2 * steps // kills)
     seconds: dict[When, float] = {"starting": 8.0, "training": 0.1, "saving": 0.03}
-    return [
-        Kill(
-            number, when, draw.choice(WHOM), draw.randint(0, most), draw.uniform(0, seconds[when]), draw.choice((0, 1))
-        )
-        for number, when in enumerate(whens, 1)
-    ]
+    layouts = random.Random(f"layouts {seed}")
+    found = []
+    for number, when in enumerate(whens, 1):
+        world = layouts.choice(worlds)
+        axis = 2 if worlds == [2] else layouts.choice([a for a in (1, 2, 4) if world % a == 0])
+        micro_batches = 1 if worlds == [2] else layouts.choice((1, 2, 4))
+        whom, after = draw.choice(WHOM), draw.randint(0, most)
+        whom = f"rank {world - 1}" if whom == "rank 1" else whom
+        later, workers = draw.uniform(0, seconds[when]), draw.choice((0, 1))
+        found.append(Kill(number, when, whom, after, later, workers, world, axis, micro_batches))
+    return found
 
 
 def killed(life: Life, kill: Kill) -> Found | None:
@@ -99,13 +117,20 @@ def told(kill: Kill, found: Found) -> str:
     """A kill in a line."""
     half = "; ".join(f"{file} {size:,} bytes" for file, size in sorted(found.unfinished.items()))
     return (
-        f"kill {kill.number:>2}  {kill.when:<8}  SIGKILL to {kill.whom:<8}  {found.lived:6.2f} s after its start, {found.taken:>3} steps taken, "
+        f"kill {kill.number:>2}  {kill.world} ranks, {kill.micro_batches} micro, {kill.workers} workers  {kill.when:<8}  SIGKILL to {kill.whom:<8}  {found.lived:6.2f} s after its start, {found.taken:>3} steps taken, "
         f"complete: {found.complete:>3}, without a mark: {half or 'nothing'}{'  MID-SAVE' if found.mid_save else ''}"
     )
 
 
 def storm(
-    folder: Path, *more: str, kills: int, steps: int, seed: int, say: Callable[[str], None], slow_disk: float = 0.0
+    folder: Path,
+    *more: str,
+    kills: int,
+    steps: int,
+    seed: int,
+    say: Callable[[str], None],
+    slow_disk: float = 0.0,
+    worlds: Sequence[int] = (2,),
 ) -> dict[str, Any]:
     """Run once without interruption and once through all kills, in a folder with the digits' shards; what was found and what is equal."""
     began = time.monotonic()
@@ -113,8 +138,8 @@ def storm(
     assert whole.end({}) == 0, whole.said()
     say(f"the uninterrupted run took {steps} steps in {time.monotonic() - began:.1f} s")
     rows, complete = [], 0
-    for kill in drawn(kills, steps, seed):
-        life = Life(folder, "stormy", steps, *more, f"data.workers={kill.workers}", slow_disk=slow_disk)
+    for kill in drawn(kills, steps, seed, list(worlds)):
+        life = Life(folder, "stormy", steps, *more, *kill.layout, slow_disk=slow_disk)
         found = killed(life, kill)
         assert found is not None, f"the run ended before kill {kill.number}: ask for more steps\n{life.said()}"
         life.check_start(complete)
@@ -125,16 +150,27 @@ def storm(
     assert last.end({}) == 0, last.said()
     last.check_start(complete)
     mid_saves, seconds = sum(row["mid_save"] for row in rows), round(time.monotonic() - began)
-    return {"kills": rows, "mid_saves": mid_saves, "seconds": seconds, "equal": compared(folder, "stormy", steps)}
+    equal = compared(folder, "stormy", steps) if list(worlds) == [2] else same_way(folder, "stormy", steps)
+    loss = farthest_loss(folder, "stormy")
+    return {"kills": rows, "mid_saves": mid_saves, "seconds": seconds, "equal": equal, "farthest_loss": loss}
 
 
 def main(words: list[str]) -> int:
     """The storm as a program; 0 where all is equal and at least two kills in five were in the middle of a save."""
-    options = {"kills": "50", "steps": "300", "seed": "0", "out": "", **dict(word.split("=", 1) for word in words)}
+    options = {
+        "kills": "50",
+        "steps": "300",
+        "seed": "0",
+        "worlds": "2",
+        "out": "",
+        **dict(word.split("=", 1) for word in words),
+    }
     kills = int(options["kills"])
     folder = with_digits(Path(tempfile.mkdtemp(prefix="storm_")))
     try:
-        found = storm(folder, kills=kills, steps=int(options["steps"]), seed=int(options["seed"]), say=say)
+        worlds = [int(world) for world in options["worlds"].split(",")]
+        steps, seed = int(options["steps"]), int(options["seed"])
+        found = storm(folder, kills=kills, steps=steps, seed=seed, say=say, worlds=worlds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if options["out"]:
@@ -143,6 +179,7 @@ def main(words: list[str]) -> int:
     say(f"{counts}; equal to the uninterrupted run:")
     for what, same in found["equal"].items():
         say(f"  {what:<26} {'yes' if same else 'NO'}")
+    say(f"  losses apart by {found['farthest_loss']:.1e} at most")
     return 0 if all(found["equal"].values()) and found["mid_saves"] >= 2 * kills // 5 else 1
 
 

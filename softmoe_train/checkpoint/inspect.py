@@ -9,11 +9,12 @@ from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.difference import Difference, difference
 from softmoe_train.checkpoint.folder import checkpoint_at
 from softmoe_train.checkpoint.manifest import DTYPES, JSON, Manifest, Mark, StoredTensor, read_manifest, read_mark
-from softmoe_train.checkpoint.remote import Place, driver_problem, place_of, place_problem
+from softmoe_train.checkpoint.remote import Place, place_of, place_problem
 from softmoe_train.checkpoint.store import read_documents
 from softmoe_train.checkpoint.verify import verify
 from softmoe_train.config import JsonOut, Record
 from softmoe_train.redact import without_secrets
+from softmoe_train.stores import driver_problem
 
 KINDS = ("model", "optimizer", "average")
 

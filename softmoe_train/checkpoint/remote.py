@@ -6,18 +6,15 @@ is closed. No listing is remembered (another process may have saved since), and 
 """
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import fsspec
-
 from softmoe_train.redact import without_secrets
+from softmoe_train.stores import URL, Driver, driver_of, is_kind, url_problem
 
-URL = re.compile(r"(?P<kind>[a-zA-Z][a-zA-Z0-9+.-]*):(?P<slashes>/{0,2})(?P<rest>.*)")
 READ_AHEAD = 16 * 2**20  # bytes of one request
 
 
@@ -151,10 +148,10 @@ class RemotePath:
         return [self / name.rpartition("/")[2] for name in sorted(found) if found[name] in kinds and name != path]
 
     @contextmanager
-    def _driver(self) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+    def _driver(self) -> Iterator[tuple[Driver, str]]:
         """The driver, which has forgotten what it listed, and our path in its words; its failures name the URL and no secret."""
         try:
-            fs, path = fsspec.url_to_fs(self.url)
+            fs, path = driver_of(self.url)
             fs.invalidate_cache()
             yield fs, path
         except FileNotFoundError:
@@ -174,34 +171,19 @@ def place_of(text: str) -> Place:
 def place_problem(text: str) -> str | None:
     """Why no checkpoints can be at this path or URL, whatever the machine, with the remedy."""
     found = URL.fullmatch(text)
-    if found is not None and found["slashes"] == "/" and found["kind"] in fsspec.available_protocols():
+    if found is not None and found["slashes"] == "/" and is_kind(found["kind"]):
         # What `Path` makes of a URL; as a path it would be a folder here.
         return f"a URL has two slashes; write {found['kind']}://{found['rest']}"
     if "://" not in text:
         return None if text else "it is empty; give a folder or a URL"
-    if found is None or found["slashes"] != "//":
-        return "it is no URL of one store; write it as s3://BUCKET/FOLDER"
+    problem = url_problem(text, example="s3://BUCKET/FOLDER")
+    if problem is not None or found is None:
+        return problem
     kind, rest = found["kind"], found["rest"]
-    if set("@?#") & set(rest):
-        return "a URL here has no user, key or query; give them as the driver takes them, in environment variables"
     if set("*[]{}") & set(rest):
         return "a URL here names one folder; leave out * [ ] { }"
     if not rest.strip("/"):
         return f"it names no bucket; write {kind}://BUCKET/FOLDER"
     if kind in ("file", "local", "memory"):
         return f"{kind}:// is no object store; give a path, as in {rest if kind != 'memory' else 'runs/mine'}"
-    return None
-
-
-def driver_problem(text: str) -> str | None:
-    """Why this machine cannot use a path or URL that `place_problem` found sound; asks no server."""
-    if "://" not in text:
-        return None
-    kind = text.partition("://")[0]
-    try:
-        fsspec.get_filesystem_class(kind)
-    except ImportError as error:
-        return f"{kind}:// has no driver here: {error}"
-    except ValueError:
-        return f"fsspec knows no {kind}://; use one of its object stores, as s3://, gs:// or abfs://"
     return None

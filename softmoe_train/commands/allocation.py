@@ -13,6 +13,7 @@ SMALLER = {
     "parity": "use a smaller batch_size, reference=same or shrink=model",
     "inspect": "free some",
     "export": "free some",
+    "shards": "use fewer processes=",
     "bench": "use fewer images (images=, batch_size=) or a smaller model or layer",
 }
 

@@ -10,6 +10,7 @@ from softmoe_train.commands.export import export
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.plan import compare, plan
+from softmoe_train.commands.shards import TASKS, shards
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
 
@@ -37,6 +38,14 @@ INSPECT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step),
   softmoe inspect ckpt=runs/mine verify=true
   softmoe inspect ckpt=runs/mine against=runs/other/checkpoints/step_00001000"""
 
+SHARDS_EPILOG = """tasks: {tasks}
+
+each has keys of its own (conf/shards_*.yaml, with a line for each), all take processes= and progress=
+  softmoe shards make from=pictures out=shards/mine test_fraction=0.1
+  softmoe shards make source=archives from=ILSVRC2012_img_train.tar out=shards/imagenet resize=512
+  softmoe shards make source=manifest from=list.csv out=shards/listed
+  softmoe shards make source=parquet from=downloads/data out=shards/hub"""
+
 EXPORT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), out=FILE.safetensors, weights=model or average,
 experts=together or separate (a file for each expert beside it)
   softmoe export ckpt=runs/mine out=weights.safetensors"""
@@ -59,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return inspect(options.overrides)
             case "parity":
                 return parity(options.overrides)
+            case "shards":
+                return shards(options.what, options.overrides)
             case "plan":
                 return (compare if options.multirun else plan)(options.overrides)
             case _:
@@ -96,10 +107,13 @@ def _parser() -> argparse.ArgumentParser:
         BENCH_EPILOG.format(measures=measures),
     )
     measuring.add_argument("what", choices=list(MEASURES), help="what to measure")
+    tasks = "".join(f"\n  {name:<6} {text}" for name, text in TASKS.items())
+    sharding = verb("shards", "make shards from pictures", SHARDS_EPILOG.format(tasks=tasks))
+    sharding.add_argument("what", choices=list(TASKS), help="what to do")
     inspecting = verb(
         "inspect", "what is in a checkpoint, whether it is whole, how it differs from another", INSPECT_EPILOG
     )
     exporting = verb("export", "write a checkpoint's weights as one safetensors file for plain PyTorch", EXPORT_EPILOG)
-    for parsed in (training, proof, planning, measuring, inspecting, exporting):
+    for parsed in (training, proof, planning, measuring, inspecting, exporting, sharding):
         parsed.add_argument("overrides", nargs="*", help="key=value")
     return parser

@@ -118,6 +118,10 @@ class ImageStream(Protocol):
         """What `rank` gets of the batch that begins at `cursor`, by arithmetic and index alone: no image is read."""
         ...
 
+    def measures(self, cursor: Cursor) -> dict[str, float]:
+        """What is to be told of the samples before `cursor`, as source/measure, the same on every rank."""
+        ...
+
     def fingerprint(self) -> dict[str, object]:
         """What decides the order and content of the sequence, as JSON; equal where the sequences are."""
         ...

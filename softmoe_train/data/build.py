@@ -1,19 +1,12 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
 from softmoe_train.data.batch import ImageStream
-from softmoe_train.data.index import index_shards
+from softmoe_train.data.index import Shard, index_shards
 from softmoe_train.data.mixup import Mixup
-from softmoe_train.data.order import Order
 from softmoe_train.data.places import expand_shards
 from softmoe_train.data.read import SampleReader
-from softmoe_train.data.records import (
-    DataConfig,
-    RandAugment,
-    ShardSpec,
-    SyntheticConfig,
-    TransformConfig,
-    WebDatasetConfig,
-)
+from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
+from softmoe_train.data.sources import NamedSpec, build_training, check_mixture, indexed, training_specs
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
 from softmoe_train.data.transforms import build_transform, check_transform, may_scale
@@ -27,11 +20,10 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
     """
     if isinstance(cfg, SyntheticConfig):
         return []
-    paths = expand_shards(cfg.train, key="data.train")
-    if needs_test:
-        paths += expand_shards(cfg.test, key="data.test")
+    specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
+    paths = [path for key, spec in specs for path in expand_shards(spec, key=key)]
     problems = []
-    for path in paths[part::parts]:
+    for path in list(dict.fromkeys(paths))[part::parts]:
         try:
             list(index_shards([path]))
         except ValueError as error:
@@ -52,12 +44,21 @@ def build_stream(
         case SyntheticConfig():
             return SyntheticStream(SyntheticPictures(cfg, image_size, num_classes, seed, "train"), share, mixup)
         case WebDatasetConfig():
-            pictures = _pictures(
-                cfg, cfg.train, "data.train", cfg.train_transform, cfg.randaugment, image_size, num_classes, seed
+            for problem in check_mixture(cfg):
+                raise ValueError(problem)
+            _check_transform(cfg.train_transform, image_size, "data.train_transform")
+            shards, order, facts = build_training(cfg, seed)
+            scaled = cfg.scaled_decode and may_scale(cfg.train_transform)
+            pictures = Pictures(
+                _reader(cfg, shards, num_classes),
+                build_transform(cfg.train_transform, image_size, scaled=scaled),
+                image_size,
+                seed,
+                cfg.randaugment,
+                scaled,
             )
-            counts = [shard.count for shard in pictures.reader.shards]
-            order = Order(counts, streams=cfg.streams, window=cfg.shuffle_window, block=cfg.block, seed=seed)
-            return WebDatasetStream(pictures, order, share, mixup, Decoding(cfg.workers, cfg.prefetch, cfg.max_broken))
+            decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
+            return WebDatasetStream(pictures, order, share, mixup, decoding, facts)
 
 
 def build_eval_stream(
@@ -69,7 +70,9 @@ def build_eval_stream(
             pictures = SyntheticPictures(cfg, image_size, num_classes, seed, "test")
             return SyntheticEvalStream(pictures, batch_size=batch_size, rank=rank, world=world)
         case WebDatasetConfig():
-            pictures = _pictures(cfg, cfg.test, "data.test", cfg.test_transform, None, image_size, num_classes, seed)
+            _check_transform(cfg.test_transform, image_size, "data.test_transform")
+            reader = _reader(cfg, indexed(NamedSpec("data.test", cfg.test)), num_classes)
+            pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None, False)
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
 
@@ -79,38 +82,24 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
     problems = check_streams(cfg.streams, global_batch, world) + _check_mixup(cfg, global_batch, world)
     if isinstance(cfg, SyntheticConfig):
         return problems
-    for key, spec, wanted in (("data.train", cfg.train, True), ("data.test", cfg.test, needs_test)):
+    problems += check_mixture(cfg)
+    wanted = [NamedSpec("data.test", cfg.test)] if needs_test or cfg.test is not None else []
+    for key, spec in [*training_specs(cfg), *wanted]:
         try:
-            if wanted or spec is not None:
-                expand_shards(spec, key=key)
+            expand_shards(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
     problems += check_transform(cfg.train_transform, image_size, key="data.train_transform")
     return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
 
 
-def _pictures(
-    cfg: WebDatasetConfig,
-    spec: ShardSpec | None,
-    key: str,
-    transform: TransformConfig,
-    randaugment: RandAugment | None,
-    image_size: int,
-    num_classes: int,
-    seed: int,
-) -> Pictures:
-    for problem in check_transform(transform, image_size, key=f"{key}_transform"):
+def _check_transform(transform: TransformConfig, image_size: int, key: str) -> None:
+    for problem in check_transform(transform, image_size, key=key):
         raise ValueError(problem)
-    shards = list(index_shards(expand_shards(spec, key=key)))
-    if not sum(shard.count for shard in shards):
-        raise ValueError(
-            f"{key}={spec} names {len(shards)} shards without a single sample: name shards that hold pictures."
-        )
-    reader = SampleReader(shards, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
-    scaled = cfg.scaled_decode and key == "data.train" and may_scale(transform)
-    return Pictures(
-        reader, build_transform(transform, image_size, scaled=scaled), image_size, seed, randaugment, scaled
-    )
+
+
+def _reader(cfg: WebDatasetConfig, shards: list[Shard], num_classes: int) -> SampleReader:
+    return SampleReader(shards, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
 
 
 def check_streams(streams: int, global_batch: int, world: int) -> list[str]:

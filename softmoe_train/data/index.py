@@ -48,7 +48,9 @@ class Shard(NamedTuple):
     count: int
     sha256: str
     size: int
-    mtime_ns: int
+    mtime_ns: int  # 0 where it is at a URL
+    index_sha256: str | None = None  # of its published index file; None where the index was made here
+    index_size: int = 0  # bytes
 
 
 class Samples:
@@ -59,6 +61,7 @@ class Samples:
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
         self._keys, self._ends = tensors["keys"].numpy(), tensors["key_ends"].numpy()
         self.where: dict[str, NDArray[np.int64]] = {part: tensors[part].numpy() for part in PARTS}
         self.sums: dict[str, NDArray[np.int64]] = {part: tensors[f"{part}_sums"].numpy() for part in PARTS}
@@ -109,13 +112,13 @@ def _load(path: str, *, with_samples: bool) -> tuple[Shard, Samples | None]:
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError(f"{path} is not a regular file: a shard is a tar file; name another.")
     name = json.dumps([_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns])
-    cached = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+    cached = index_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
     try:
         return _read_index(cached, with_samples=with_samples)
     except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or cut off by a full disk
         pass
-    shard, tensors = _make_index(path, facts)
-    _write_atomically(cached, tensors, {"shard": json.dumps(shard._asdict())})
+    shard, tensors = make_index(path, facts)
+    write_index(cached, tensors, {"shard": json.dumps(shard._asdict())})
     return shard, Samples(tensors) if with_samples else None
 
 
@@ -128,7 +131,8 @@ def _read_index(file: Path, *, with_samples: bool) -> tuple[Shard, Samples | Non
     return shard, Samples(tensors) if with_samples else None
 
 
-def _cache_folder() -> Path:
+def index_folder() -> Path:
+    """Where indexes are kept: a folder of the user's own; raises ValueError where there cannot be one."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "softmoe_train", "index")
     remedy = "set XDG_CACHE_HOME to a folder of your own."
     try:
@@ -142,7 +146,8 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_index(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write an index, whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
@@ -153,9 +158,11 @@ def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: di
         raise
 
 
-def _make_index(path: str, facts: os.stat_result) -> tuple[Shard, dict[str, torch.Tensor]]:
+def make_index(path: str, facts: os.stat_result, *, opened: int | None = None) -> tuple[Shard, dict[str, torch.Tensor]]:
+    """Read a tar, which may be `opened` already, to its end; raises ValueError, which names `path`, where it is damaged."""
+    source = path if opened is None else opened
     try:
-        with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+        with open(source, "rb", buffering=0, closefd=opened is None) as file, ThreadPoolExecutor(1) as hashing:
             reading = _Reading(file, hashing)
             groups = [
                 group for group in group_by_keys(_members(reading, facts.st_size)) if _MAKE_A_SAMPLE & group.keys()

@@ -8,7 +8,9 @@ the samples inside each window. There is no buffer, so any position can be compu
 Letters: N stored samples, L streams, e epoch, j the position of a sample in its stream's slice.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -59,10 +61,22 @@ class Order:
 
     def successor(self, g: int, step: int) -> int:
         """The sample `step` places after `g` in its stream's slice of the epoch, from the end on to its beginning."""
+        lowest, count = self._slice(g)
+        return lowest + ((g - lowest) // self.streams + step) % count * self.streams
+
+    def stand_ins(self, g: int, most: int) -> Iterator[int]:
+        """Up to `most` others of g's epoch for its place: those after it in its stream and then, where that is shorter, in the sequence."""
+        own = range(1, self._slice(g)[1])
+        yield from (self.successor(g, step) for step in own[:most])
+        first = g // self.total * self.total
+        others = (first + (g - first + step) % self.total for step in range(1, self.total))
+        yield from islice((other for other in others if (other - g) % self.streams), max(0, most - len(own)))
+
+    def _slice(self, g: int) -> tuple[int, int]:
+        """(the first, how many) of the global samples of g's stream in g's epoch."""
         first, stream = g // self.total * self.total, g % self.streams
         lowest = first + (stream - first) % self.streams
-        count = -(-(first + self.total - lowest) // self.streams)
-        return lowest + ((g - lowest) // self.streams + step) % count * self.streams
+        return lowest, -(-(first + self.total - lowest) // self.streams)
 
     def _make_epoch(self, epoch: int) -> tuple[I64, I64, I64]:
         """(shards in the epoch's order, where each begins in it, where each stream's slice begins in it)."""

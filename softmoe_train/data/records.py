@@ -1,8 +1,9 @@
 """This file owns what a data configuration may say: the records under `data` and the rules each keeps alone."""
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from softmoe_train.config import Record
 
@@ -10,6 +11,8 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 ShardSpec = str | list[str]
+
+_SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class InceptionCrop(Record):
@@ -74,11 +77,20 @@ class RandAugment(Record):
     magnitude: Annotated[float, Field(ge=0, le=20)]  # above 20 the released Posterize would need more than 8 bits
 
 
+class SourceConfig(Record):
+    """One of several sources of training samples: `weight` of every P samples, P the sum of all sources' weights."""
+
+    shards: ShardSpec
+    weight: PositiveInt
+    seed: Count  # of its own order, together with the run's
+
+
 class WebDatasetConfig(Record):
     """Tar shards of pictures and `.cls` labels: where they are, in which order they are read, what is done to them."""
 
     kind: Literal["webdataset"]
     train: ShardSpec | None
+    mixture: dict[str, SourceConfig] | None  # in place of train: sources by name
     test: ShardSpec | None
     streams: PositiveInt
     shuffle_window: PositiveInt  # samples
@@ -93,6 +105,18 @@ class WebDatasetConfig(Record):
     scaled_decode: bool  # a training JPEG is decoded at a half, a quarter or an eighth of its size where an inception crop allows it
     max_pixels: PositiveInt
     max_broken: Count
+
+    @field_validator("mixture")
+    @classmethod
+    def _names_of_sources(cls, mixture: dict[str, SourceConfig] | None) -> dict[str, SourceConfig] | None:
+        wrong = [name for name in mixture or {} if not _SOURCE_NAME.fullmatch(name)]
+        if wrong:
+            raise ValueError(
+                f"data.mixture: {wrong[0]!r} is no name for a source, since metrics and overrides use it: use letters, digits, _ and -"
+            )
+        if mixture is not None and not mixture:
+            raise ValueError("data.mixture={} holds no source; name one or more, or use null and data.train")
+        return mixture
 
 
 class SyntheticConfig(Record):

@@ -16,16 +16,17 @@ from torch.utils.data import Dataset
 
 from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
-from softmoe_train.data.index import data_hash
 from softmoe_train.data.keyed import Draws
+from softmoe_train.data.mixture import Mixture
 from softmoe_train.data.mixup import Mixup
-from softmoe_train.data.order import Order
+from softmoe_train.data.order import Location, Order
 from softmoe_train.data.randaugment import rand_augment
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches, shared_zeros
 
+_AHEAD, _AHEAD_ROWS = 32, 1 << 13  # batches, and their rows in all, that are located together
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
 
@@ -42,6 +43,11 @@ class Share:
         """This rank's global samples of the batch that begins at `position`, ascending."""
         streams = self.rank * self.apart + np.arange(self.apart)
         return (position + np.arange(0, self.global_batch, self.streams)[:, None] + streams).reshape(-1)
+
+    @property
+    def rank_batch(self) -> int:
+        """How many rows of a batch are this rank's."""
+        return self.global_batch // self.world
 
     @property
     def apart(self) -> int:
@@ -90,12 +96,14 @@ class Pictures:
 
 
 class _TrainBatches(Dataset[Batch]):
-    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None) -> None:
+    def __init__(self, pictures: Pictures, order: Order | Mixture, share: Share, mixup: Mixup | None) -> None:
         self.pictures, self.order, self.share, self.mixup = pictures, order, share, mixup
+        self._ahead: dict[int, Location] = {}
+        self._last: int | None = None
 
     def __getitem__(self, position: int) -> Batch:
         rows = self.share.rows(position)
-        where = self.order.locate(rows)
+        where = self._located(position)
         images, labels = self.pictures.empty(len(rows))
         broken: list[Broken] = []
         for at, (g, shard, index) in enumerate(zip(rows.tolist(), *where, strict=True)):
@@ -111,27 +119,53 @@ class _TrainBatches(Dataset[Batch]):
         cursor = Cursor(position + self.share.global_batch)
         return Batch(images, labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
 
+    def _located(self, position: int) -> Location:
+        """Where the rows of the batch at `position` are stored.
+
+        Most of the time of `locate` is a fixed part, so that once two positions tell how far this process goes in a step, the next
+        batches are located together; the answer is the same.
+        """
+        if position not in self._ahead:
+            step = 0 if self._last is None else position - self._last
+            starts = [position]
+            if step > 0:
+                starts += [position + i * step for i in range(1, min(_AHEAD, _AHEAD_ROWS // self.share.rank_batch))]
+            where = self.order.locate(np.concatenate([self.share.rows(start) for start in starts]))
+            shards, indexes = (np.split(part, len(starts)) for part in where)
+            self._ahead = {at: Location(*both) for at, *both in zip(starts, shards, indexes, strict=True)}
+        self._last = position
+        return self._ahead.pop(position)
+
     def _replace(self, images: torch.Tensor, labels: torch.Tensor, at: int, g: int, first: Broken) -> None:
-        """Write the next good sample of g's stream in the epoch, augmented as g: the same on every layout."""
-        for step in range(1, _TRIES + 1):
-            shard, index = self.order.locate(np.asarray([self.order.successor(g, step)]))
+        """Write the first good one of g's stand-ins, augmented as g: the same on every layout."""
+        others = list(self.order.stand_ins(g, _TRIES))
+        for other in others:
+            shard, index = self.order.locate(np.asarray([other]))
             try:
                 self.pictures.fill(images, labels, at, int(shard[0]), int(index[0]), g)
             except UnreadableSampleError:
                 continue
             return
         raise RuntimeError(
-            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {_TRIES} "
-            f"samples that follow it in its stream: these shards do not hold what `data` says; check them."
+            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {len(others)} "
+            f"samples that follow it: these shards do not hold what `data` says; check them."
         )
 
 
 class WebDatasetStream:
     """The endless training stream of one rank over tar shards; satisfies `ImageStream`."""
 
-    def __init__(self, pictures: Pictures, order: Order, share: Share, mixup: Mixup | None, decoding: Decoding) -> None:
+    def __init__(
+        self,
+        pictures: Pictures,
+        order: Order | Mixture,
+        share: Share,
+        mixup: Mixup | None,
+        decoding: Decoding,
+        facts: dict[str, object],
+    ) -> None:
         self._batches = _TrainBatches(pictures, order, share, mixup)
-        self._decoding, self._start = decoding, 0
+        self._decoding, self._facts, self._start = decoding, facts, 0
 
     def seek(self, cursor: Cursor) -> None:
         """Make the next `iter` start at `cursor`; raises ValueError where no batch can start."""
@@ -150,23 +184,27 @@ class WebDatasetStream:
         rows = zip(numbers.tolist(), where.shard.tolist(), where.index.tolist(), strict=True)
         return [StoredSample(number, *name(shard, index)) for number, shard, index in rows]
 
+    def measures(self, cursor: Cursor) -> dict[str, float]:
+        """Of each source of a mixture, the samples taken before `cursor` and how often that is all of them."""
+        order = self._batches.order
+        if not isinstance(order, Mixture):
+            return {}
+        taken = zip(order.names, order.taken(cursor.position), order.orders, strict=True)
+        counts = {name: (count, count / one.total) for name, count, one in taken}
+        return {
+            f"{name}/{measure}": value
+            for name, values in counts.items()
+            for measure, value in zip(("samples", "epochs"), values, strict=True)
+        }
+
     def fingerprint(self) -> dict[str, object]:
         """What decides the order and what is mixed: the shards' contents, the keys of the permutations, the augmentation."""
-        order, mixup, randaugment = self._batches.order, self._batches.mixup, self._batches.pictures.randaugment
+        mixup, randaugment = self._batches.mixup, self._batches.pictures.randaugment
         # Only what is on: a checkpoint from before there was a choice has the same fingerprint.
         augmentation = {} if randaugment is None else {"randaugment": randaugment.model_dump()}
         augmentation |= {} if mixup is None else {"mixup": mixup.p}
         augmentation |= {"scaled_decode": True} if self._batches.pictures.scaled_decode else {}
-        return {
-            "kind": "webdataset",
-            "data": data_hash(self._batches.pictures.reader.shards),
-            "samples": order.total,
-            "streams": order.streams,
-            "shuffle_window": order.window,
-            "block": order.block,
-            "seed": order.seed,
-            **augmentation,
-        }
+        return {"kind": "webdataset", **self._facts, **augmentation}
 
 
 class _Positions:

@@ -88,6 +88,10 @@ class SyntheticStream:
         numbers = replace(self._share, rank=rank).rows(cursor.position).tolist()
         return [StoredSample(g, "synthetic", str(g % self._pictures.cfg.num_train)) for g in numbers]
 
+    def measures(self, cursor: Cursor) -> dict[str, float]:
+        """None: there is one source."""
+        return {}
+
     def fingerprint(self) -> dict[str, object]:
         """What decides the samples: the configuration, the image size, the classes and the seed."""
         pictures = self._pictures

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from softmoe_train.data import SyntheticConfig
 from softmoe_train.data.index import index_shards
 from softmoe_train.data.places import expand_shards
+from softmoe_train.data.sources import training_specs
 from softmoe_train.settings import RunConfig
 
 
@@ -21,14 +22,14 @@ class Epoch(NamedTuple):
 
 
 def epoch_of(config: RunConfig) -> Epoch:
-    """Count the images of data.train, whose tars are indexed as the run would do (read once; the index is kept)."""
+    """Count the images of data.train, or of all sources of data.mixture, whose tars are indexed as the run would do (read once; the index is kept)."""
     data = config.data
     if isinstance(data, SyntheticConfig):
         return Epoch(None, data.num_train, None)
-    if data.train is None:
+    if data.train is None and data.mixture is None:
         return Epoch(None, None, "data.train is not given")
     try:
-        paths = expand_shards(data.train, key="data.train")
+        paths = [path for key, spec in training_specs(data) for path in expand_shards(spec, key=key)]
         return Epoch(len(paths), sum(shard.count for shard in index_shards(paths)), None)
     except ValueError as error:
         return Epoch(None, None, str(error))

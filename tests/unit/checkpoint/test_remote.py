@@ -13,11 +13,12 @@ from torch import Tensor
 
 from softmoe_train.checkpoint import CheckpointError, CheckpointStore, verify
 from softmoe_train.checkpoint.folder import step_folders
-from softmoe_train.checkpoint.remote import RemotePath, driver_problem, place_of, place_problem
+from softmoe_train.checkpoint.remote import RemotePath, place_of, place_problem
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.commands.main import main
 from softmoe_train.config import ConfigError, compose, save_yaml
 from softmoe_train.settings import RunConfig, check
+from softmoe_train.stores import driver_problem
 from tests.unit.checkpoint import elsewhere
 from tests.unit.checkpoint.cut import CONFIG, LOOP, values
 

@@ -88,6 +88,7 @@ def settings(**changes: object) -> WebDatasetConfig:
     values = {
         "kind": "webdataset",
         "train": None,
+        "mixture": None,
         "test": None,
         "streams": 4,
         "shuffle_window": 8,

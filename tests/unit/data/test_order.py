@@ -105,6 +105,18 @@ def test_successors_go_round_the_stream_within_the_epoch(trial: int) -> None:
         assert [order.successor(g, step) for step in range(1, len(mates) + 1)] == turned
 
 
+@pytest.mark.parametrize("trial", range(10))
+def test_stand_ins_are_the_rest_of_the_stream_and_then_of_the_epoch(trial: int) -> None:
+    order = random_order(trial)
+    for g in np.random.default_rng(trial).integers(0, 4 * order.total, 5).tolist():
+        epoch = range(g // order.total * order.total, (g // order.total + 1) * order.total)
+        turned = [*range(g + 1, epoch.stop), *range(epoch.start, g)]
+        own = [other for other in turned if other % order.streams == g % order.streams]
+        want = own + [other for other in turned if other not in own]
+        for most in (0, 1, 3, 32, order.total):
+            assert list(order.stand_ins(g, most)) == want[:most]
+
+
 def test_an_order_survives_being_sent_to_a_worker() -> None:
     order = random_order(5)
     g = np.arange(2 * order.total)

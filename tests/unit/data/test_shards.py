@@ -69,7 +69,7 @@ def test_a_path_with_braces_in_its_name_is_taken_as_it_is(tmp_path: Path) -> Non
         ("{folder}/b-{{0..9.tar", r"is not a brace pattern"),
         (["{folder}", "{folder}/a.tar"], r"names .*a\.tar twice"),
         ("pipe:cat {folder}/a.tar", r"data\.train=pipe:cat .* is not a local path"),
-        ("https://example.org/a.tar", r"is not a local path"),
+        ("file://{folder}/a.tar", r"is not a local path"),
     ],
 )
 def test_a_wrong_specification_is_refused_with_its_key_and_the_remedy(folder: Path, spec, message: str) -> None:
