@@ -27,6 +27,7 @@ class SampleReader:
 
     def __init__(self, shards: list[Shard], *, labels: str, num_classes: int, max_pixels: int) -> None:
         self.shards, self.labels, self.num_classes, self.max_pixels = shards, labels, num_classes, max_pixels
+        self.bytes_read = 0  # of pictures and labels, by this process
         self._files: OrderedDict[int, int] = OrderedDict()
         self._indexes: OrderedDict[int, Samples] = OrderedDict()
 
@@ -35,12 +36,16 @@ class SampleReader:
 
     def read(self, shard: int, index: int) -> tuple[Encoded, list[int]]:
         """The picture, not yet decoded, and the labels of a sample; raises UnreadableSampleError with the reason."""
+        picture, label = self.stored(shard, index)
+        classes = classes_of(label, labels=self.labels, num_classes=self.num_classes)
+        return open_image(picture, max_pixels=self.max_pixels), classes
+
+    def stored(self, shard: int, index: int) -> tuple[bytes, bytes]:
+        """The bytes of a sample's picture and label; raises UnreadableSampleError where one is missing or too large."""
         samples = self._samples(shard)
         label = self._bytes(shard, samples.where["cls"][index], MAX_LABEL_BYTES, "label (.cls)")
-        classes = classes_of(label, labels=self.labels, num_classes=self.num_classes)
         # Raw pixels at 16 bits are the most that a picture within the limit can take.
-        picture = self._bytes(shard, samples.where["image"][index], 6 * self.max_pixels + (1 << 20), "picture")
-        return open_image(picture, max_pixels=self.max_pixels), classes
+        return self._bytes(shard, samples.where["image"][index], 6 * self.max_pixels + (1 << 20), "picture"), label
 
     def describe(self, shard: int, index: int, reason: str) -> Broken:
         """The report of a sample that could not be read."""
@@ -62,6 +67,7 @@ class SampleReader:
         if size > limit:
             raise UnreadableSampleError(f"its {what} is {size} bytes, more than {limit}")
         data = os.pread(self._file(shard), size, offset)
+        self.bytes_read += len(data)
         if len(data) != size:
             raise UnreadableSampleError(f"its {what} breaks off after {len(data)} of {size} bytes")
         return data

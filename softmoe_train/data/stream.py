@@ -24,7 +24,7 @@ from softmoe_train.data.randaugment import rand_augment
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
-from softmoe_train.data.workers import Decoding, load_batches, shared_zeros
+from softmoe_train.data.workers import Decoding, load_batches, shared_bytes
 
 _AHEAD, _AHEAD_ROWS = 32, 1 << 13  # batches, and their rows in all, that are located together
 _TRIES = 32  # broken samples in a row after which a stream is given up
@@ -75,8 +75,8 @@ class Pictures:
     scaled_decode: bool
 
     def empty(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Black images, where the training process can read them too, and labels of nothing for `rows` rows."""
-        images = shared_zeros((rows, 3, self.image_size, self.image_size))
+        """Room for the images of `rows` rows, where the training process can read them too, and their labels, of nothing."""
+        images = shared_bytes((rows, 3, self.image_size, self.image_size))
         if self.reader.labels == "hard":
             return images, torch.zeros(rows, dtype=torch.int64)
         return images, torch.zeros(rows, self.reader.num_classes)
@@ -95,15 +95,18 @@ class Pictures:
             labels[at, classes] = 1.0
 
 
-class _TrainBatches(Dataset[Batch]):
+class TrainBatches(Dataset[Batch]):
+    """This rank's part of each global batch, by the position where the batch begins."""
+
     def __init__(self, pictures: Pictures, order: Order | Mixture, share: Share, mixup: Mixup | None) -> None:
         self.pictures, self.order, self.share, self.mixup = pictures, order, share, mixup
         self._ahead: dict[int, Location] = {}
         self._last: int | None = None
+        self._batches_ahead = 1
 
     def __getitem__(self, position: int) -> Batch:
         rows = self.share.rows(position)
-        where = self._located(position)
+        where = self.located(position)
         images, labels = self.pictures.empty(len(rows))
         broken: list[Broken] = []
         for at, (g, shard, index) in enumerate(zip(rows.tolist(), *where, strict=True)):
@@ -119,17 +122,18 @@ class _TrainBatches(Dataset[Batch]):
         cursor = Cursor(position + self.share.global_batch)
         return Batch(images, labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
 
-    def _located(self, position: int) -> Location:
+    def located(self, position: int) -> Location:
         """Where the rows of the batch at `position` are stored.
 
-        Most of the time of `locate` is a fixed part, so that once two positions tell how far this process goes in a step, the next
-        batches are located together; the answer is the same.
+        Most of the time of `locate` is a fixed part. So where this process goes on in equal steps, more and more batches are located together;
+        the answer is the same.
         """
         if position not in self._ahead:
-            step = 0 if self._last is None else position - self._last
-            starts = [position]
-            if step > 0:
-                starts += [position + i * step for i in range(1, min(_AHEAD, _AHEAD_ROWS // self.share.rank_batch))]
+            step = position - self._last if self._last is not None else 0
+            if step <= 0:  # the first position, or a new iteration
+                step, self._batches_ahead = 0, 1
+            starts = [position + i * step for i in range(self._batches_ahead if step else 1)]
+            self._batches_ahead = min(2 * self._batches_ahead, _AHEAD, 1 + _AHEAD_ROWS // self.share.rank_batch)
             where = self.order.locate(np.concatenate([self.share.rows(start) for start in starts]))
             shards, indexes = (np.split(part, len(starts)) for part in where)
             self._ahead = {at: Location(*both) for at, *both in zip(starts, shards, indexes, strict=True)}
@@ -164,8 +168,18 @@ class WebDatasetStream:
         decoding: Decoding,
         facts: dict[str, object],
     ) -> None:
-        self._batches = _TrainBatches(pictures, order, share, mixup)
+        self._batches = TrainBatches(pictures, order, share, mixup)
         self._decoding, self._facts, self._start = decoding, facts, 0
+
+    @property
+    def pictures(self) -> Pictures:
+        """How its samples become rows."""
+        return self._batches.pictures
+
+    @property
+    def order(self) -> Order | Mixture:
+        """Which they are."""
+        return self._batches.order
 
     def seek(self, cursor: Cursor) -> None:
         """Make the next `iter` start at `cursor`; raises ValueError where no batch can start."""
@@ -174,7 +188,7 @@ class WebDatasetStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the position last given to `seek`, for ever; raises RuntimeError above `max_broken`."""
-        return load_batches(self._batches, _Positions(self._start, self._batches.share.global_batch), self._decoding)
+        return load_batches(self._batches, Positions(self._start, self._batches.share.global_batch), self._decoding)
 
     def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
         """What `rank` gets of the batch that begins at `cursor`; one that is broken is named, not what replaced it."""
@@ -207,7 +221,7 @@ class WebDatasetStream:
         return {"kind": "webdataset", **self._facts, **augmentation}
 
 
-class _Positions:
+class Positions:
     """Where the batches of the endless sequence begin."""
 
     def __init__(self, start: int, step: int) -> None:
@@ -231,6 +245,7 @@ class _EvalBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         start = (step * self.world + self.rank) * self.rank_batch
         images, labels = self.pictures.empty(self.rank_batch)
+        images.zero_()  # where there is no picture it is black
         mask = torch.zeros(self.rank_batch, dtype=torch.bool)
         ids = torch.full((self.rank_batch,), -1)
         broken: list[Broken] = []

@@ -129,30 +129,37 @@ def _average(values: NDArray, edges: NDArray[np.float64]) -> NDArray[np.float64]
     return np.diff(at_edges, axis=0) / np.diff(edges)[:, None, None]
 
 
-def _inception_crop(picture: Encoded, draws: Draws, out: Planes, cfg: InceptionCrop, scaled: bool) -> None:
-    top, left, height, width = sample_crop(picture.height, picture.width, cfg, draws)
-    mirrored = cfg.flip and draws.uniform() < 0.5
-    if scaled:
-        by = next((by for by in _REDUCTIONS if min(height, width) >= by * out.shape[1]), 1)
-        reduced = picture.reduced(by)
-        if reduced.by > 1:
-            _resize_reduced(out, reduced, (top, left, height, width), mirrored, cfg)
-            return
-        pixels = reduced.pixels
-    else:
-        pixels = picture.pixels()
-    crop, side = pixels[top : top + height, left : left + width], out.shape[1]
+def reduction(height: int, width: int, side: int) -> int:
+    """The largest of 8, 4, 2 and 1 that leaves a crop at least `side` pixels along both sides."""
+    return next((by for by in _REDUCTIONS if min(height, width) >= by * side), 1)
+
+
+def inception_crop(
+    picture: Encoded, out: Planes, box: tuple[int, int, int, int], mirrored: bool, cfg: InceptionCrop, scaled: bool
+) -> None:
+    """Write the box (top, left, height, width) of a picture, resized as `cfg` says."""
+    top, left, height, width = box
+    side = out.shape[1]
+    reduced = picture.reduced(reduction(height, width, side) if scaled else 1)
+    if reduced.by > 1:
+        _resize_reduced(out, reduced, box, mirrored, cfg)
+        return
+    crop = reduced.pixels[top : top + height, left : left + width]
     if cfg.arithmetic == "float32" and not cfg.antialias:
         resize_bilinear_into(out, crop, whole(height, side), whole(width, side, mirrored=mirrored))
         return
     if cfg.arithmetic == "float32":
         result = resize_bilinear(crop, side, antialias=True).transpose(2, 0, 1)
     else:
-        planes = _as_planes(crop)
-        result = interpolate(planes, (side, side), mode="bilinear", align_corners=False, antialias=cfg.antialias)[
-            0
-        ].numpy()
+        planes, size = _as_planes(crop), (side, side)
+        result = interpolate(planes, size, mode="bilinear", align_corners=False, antialias=cfg.antialias)[0].numpy()
     out[...] = result[:, :, ::-1] if mirrored else result
+
+
+def _inception_crop(picture: Encoded, draws: Draws, out: Planes, cfg: InceptionCrop, scaled: bool) -> None:
+    box = sample_crop(picture.height, picture.width, cfg, draws)
+    mirrored = cfg.flip and draws.uniform() < 0.5
+    inception_crop(picture, out, box, mirrored, cfg, scaled)
 
 
 def _resize_reduced(

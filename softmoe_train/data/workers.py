@@ -46,11 +46,11 @@ def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: De
         raise RuntimeError("a decode worker ended unexpectedly: was it killed, for memory perhaps?") from error
 
 
-def shared_zeros(shape: tuple[int, ...]) -> torch.Tensor:
-    """A uint8 tensor of zeros; in a decode worker it lies in shared memory, so that a batch is not copied on its way to the training process."""
+def shared_bytes(shape: tuple[int, ...]) -> torch.Tensor:
+    """A uint8 tensor of anything; in a decode worker it lies in shared memory, so that a batch is not copied on its way to the training process."""
     if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # new pages are zeros
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
