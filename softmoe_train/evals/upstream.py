@@ -48,7 +48,10 @@ class UpstreamEvaluator:
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in self.batches:
             for sample in batch.broken:
-                logger.warning("left out a broken held-out image: %s %s: %s", *map(plain, sample))
+                logger.warning(
+                    "left out a broken held-out image: %s %s: %s",
+                    *map(plain, (sample.shard, sample.key, sample.reason)),
+                )
             sums[3] += len(batch.broken)
             batch = batch.to(device)
             logits = state.engine.module(batch.images, None, batch.mask).logits

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from softmoe_train.data.batch import Cursor, ImageStream, StoredSample
 from softmoe_train.faults.bad_steps import BadStep
+from softmoe_train.plain import plain
 
 MOST = 100  # lines; a sick run must not fill the disk
 SHOWN = 3  # samples in a warning
@@ -54,7 +55,7 @@ class BadBatches:
 
 def described(sample: StoredSample) -> str:
     """A sample in words."""
-    return f"{sample.number} ({sample.shard} {sample.key})"
+    return f"{sample.number} ({plain(sample.shard)} {plain(sample.key)})"
 
 
 def known_lines(path: Path) -> set[tuple[int, int]]:
