@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "softmoe_train"
 FLOORS = {
-    "config": -1, "dist": -1, "redact": -1, "stores": -1,
+    "config": -1, "dist": -1, "redact": -1, "plain": -1, "stores": -1,
     "model": 0, "data": 0, "optim": 0, "observe": 0,
     "parallel": 1, "faults": 1, "launching": 1, "shards": 1,
     "engine": 2, "checkpoint": 2,
@@ -25,7 +25,7 @@ FLOORS = {
     "commands": 7,
 }  # fmt: skip
 NO_DIST = ("model", "data", "optim")  # ranks and sizes arrive as arguments
-OPTIONAL = {"wandb": "observe", "webdataset": "data shards", "pyarrow": "shards", "hydra": "config", "omegaconf": "config", "deepspeed": "engine",
+OPTIONAL = {"wandb": "observe", "webdataset": "data shards bench", "pyarrow": "shards", "hydra": "config", "omegaconf": "config", "deepspeed": "engine",
     "fsspec": "stores", "matplotlib": "bench shards", "soft_moe_pytorch": "bench", "soft_mixture_of_experts": "bench",
 }  # fmt: skip
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -146,17 +146,21 @@ def _reader(cfg: WebDatasetConfig, catalog: Catalog, source: Source, num_classes
 
 
 def check_streams(streams: int, global_batch: int, world: int) -> list[str]:
-    """Why `streams` cannot be read by `world` ranks, with those that could."""
+    """Why `streams` cannot be read by `world` ranks, with the streams and the numbers of ranks that could be."""
+    worlds = [n for n in range(1, streams + 1) if streams % n == 0 and global_batch % streams == 0]
+    these = (
+        f" With data.streams={streams} the legal numbers of ranks are {', '.join(map(str, worlds))}." if worlds else ""
+    )
     legal = [n for n in range(world, global_batch + 1, world) if global_batch % n == 0]
     if streams in legal:
         return []
     if not legal:
         return [
             f"the global batch of {global_batch} images does not divide into {world} ranks: every rank reads "
-            f"equally many; use a multiple of {world}."
+            f"equally many; use a multiple of {world}.{these}"
         ]
     rule = f"the number of ranks ({world}) must divide it, and it must divide the global batch ({global_batch})"
-    return [f"data.streams={streams}: {rule}; use one of {', '.join(map(str, legal))}."]
+    return [f"data.streams={streams}: {rule}; use one of {', '.join(map(str, legal))}.{these}"]
 
 
 def _check_mixup(cfg: DataConfig, global_batch: int, world: int) -> list[str]:

@@ -27,6 +27,7 @@ from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches, shared_bytes
+from softmoe_train.plain import plain
 
 _WORTH_KEEPING = 1 / 8  # of a shard's samples, below which ranges of it are read where it is not in the cache
 _TOGETHER, _TOGETHER_ROWS = 32, 1 << 13  # batches, and their rows in all, that are located together
@@ -191,7 +192,7 @@ class TrainBatches(Dataset[Batch]):
                 continue
             return
         raise RuntimeError(
-            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {len(others)} "
+            f"sample {plain(first.key)} of {plain(first.shard)} cannot be read ({plain(first.reason)}), and neither can the {len(others)} "
             f"samples that follow it: these shards do not hold what `data` says; check them."
         )
 

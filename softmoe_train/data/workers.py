@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softmoe_train.data.batch import Batch, Broken
 from softmoe_train.data.places import ShardsError
+from softmoe_train.plain import plain
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def shared_bytes(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _too_many(broken: Sequence[Broken], limit: int) -> str:
-    shown = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in broken[-5:])
+    shown = "".join(f"\n  {plain(one.shard)} {plain(one.key)}: {plain(one.reason)}" for one in broken[-5:])
     return (
         f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
         "repair the shards, correct the setting that a reason names, or raise data.max_broken if their loss does not matter."

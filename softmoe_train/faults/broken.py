@@ -13,6 +13,7 @@ from softmoe_train.data.batch import Batch, Broken
 from softmoe_train.dist import gather_texts
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.run_files import replace_text
+from softmoe_train.plain import plain
 
 MOST = 1000  # samples known by name, and shards: a sick run must not fill the disk
 MOST_SHARDS = 20  # of which metrics tell
@@ -98,7 +99,9 @@ class BrokenWatch:
         """Take a batch, and name its broken samples."""
         for sample in batch.broken:
             # Not through the run's log: that is rank 0's, and every rank reads samples of its own.
-            logger.warning("replaced a broken sample: %s %s: %s", sample.shard, sample.key, sample.reason)
+            logger.warning(
+                "replaced a broken sample: %s %s: %s", *map(plain, (sample.shard, sample.key, sample.reason))
+            )
         self._met += batch.broken
 
     @property
@@ -160,9 +163,9 @@ def _distinct(met: Sequence[Broken]) -> list[KnownBroken]:
 
 def _too_many(broken: int, images_seen: int, known: BrokenSamples, limit: str, step: int) -> str:
     shards = sorted(known.by_shard.items(), key=lambda one: -one[1])
-    places = ", ".join(f"{shard} {count}" for shard, count in shards[:SHOWN])
+    places = ", ".join(f"{plain(shard)} {count}" for shard, count in shards[:SHOWN])
     more = f" and {len(shards) - SHOWN} more shards" if len(shards) > SHOWN else ""
-    named = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in known.samples[-SHOWN:])
+    named = "".join(f"\n  {plain(one.shard)} {plain(one.key)}: {plain(one.reason)}" for one in known.samples[-SHOWN:])
     key = limit.partition("=")[0]
     return (
         f"{broken} broken samples among {images_seen} images are more than {limit}: {places}{more}; the last new ones were{named}\n"
