@@ -8,6 +8,7 @@ Letters: B images of this rank's batch, L streams, W ranks, g a global sample.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ from softmoe_train.data.mixture import Mixture
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Order
 from softmoe_train.data.randaugment import rand_augment
-from softmoe_train.data.read import SampleReader
+from softmoe_train.data.read import Sample, SampleReader
 from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches
 
 _WORTH_KEEPING = 1 / 8  # of a shard's samples, below which ranges of it are read where it is not in the cache
+_GRACE_BATCHES = 2  # with too many broken samples that a run takes while its ranks agree to end together
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
 
@@ -59,6 +61,24 @@ class Share:
             )
 
 
+class Rows(NamedTuple):
+    """What a batch is made in."""
+
+    images: NDArray[np.uint8]
+    labels: torch.Tensor
+    texts: list[str] | None
+
+    def fill(self, at: int, sample: Sample) -> None:
+        """Write one row."""
+        self.images[at] = sample.picture.transpose(2, 0, 1)
+        if self.labels.ndim == 2:
+            self.labels[at, sample.classes] = 1.0
+        elif sample.classes:
+            self.labels[at] = sample.classes[0]
+        if self.texts is not None:
+            self.texts[at] = sample.text
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Stored samples as rows of a batch: read, transformed, augmented and labelled."""
@@ -69,30 +89,24 @@ class Pictures:
     seed: int
     randaugment: RandAugment | None
 
-    def row(self, shard: int, index: int, g: int) -> tuple[NDArray[np.uint8], list[int]]:
-        """The picture (S x S x 3) and labels of a stored sample in sample g's place; raises UnreadableSampleError."""
-        picture, classes = self.reader.read(shard, index)
-        picture = self.transform(picture, Draws(self.seed, g, "augment"))
+    def row(self, shard: int, index: int, g: int) -> Sample:
+        """A stored sample in sample g's place, its picture S x S x 3; raises UnreadableSampleError."""
+        sample = self.reader.read(shard, index)
+        picture = self.transform(sample.picture, Draws(self.seed, g, "augment"))
         if self.randaugment is not None:
             picture = rand_augment(picture, self.randaugment, Draws(self.seed, g, "randaugment"))
-        return picture, classes
+        return sample._replace(picture=picture)
 
-    def empty(self, rows: int) -> tuple[NDArray[np.uint8], torch.Tensor]:
-        """Black images and labels of nothing for `rows` rows."""
+    def empty(self, rows: int) -> Rows:
+        """Black images, labels of nothing (-1 where labels are not read) and empty texts for `rows` rows."""
         images = np.zeros((rows, 3, self.image_size, self.image_size), np.uint8)
-        if self.reader.labels == "hard":
-            return images, torch.zeros(rows, dtype=torch.int64)
-        return images, torch.zeros(rows, self.reader.num_classes)
-
-    def fill(
-        self, images: NDArray[np.uint8], labels: torch.Tensor, at: int, picture: NDArray[np.uint8], classes: list[int]
-    ) -> None:
-        """Write one row."""
-        images[at] = picture.transpose(2, 0, 1)
-        if labels.ndim == 1:
-            labels[at] = classes[0]
-        else:
-            labels[at, classes] = 1.0
+        texts = None if self.reader.text is None else [""] * rows
+        kept = self.reader.labels
+        if kept is None:
+            return Rows(images, torch.full((rows,), -1), texts)
+        if kept.kind == "hard":
+            return Rows(images, torch.zeros(rows, dtype=torch.int64), texts)
+        return Rows(images, torch.zeros(rows, kept.num_classes), texts)
 
 
 class _TrainBatches(Dataset[Batch]):
@@ -119,22 +133,24 @@ class _TrainBatches(Dataset[Batch]):
         self.ahead.reached(position)
         rows = self.share.rows(position)
         where = self.order.locate(rows)
-        images, labels = self.pictures.empty(len(rows))
+        made = self.pictures.empty(len(rows))
         broken: list[Broken] = []
         for at, (g, shard, index) in enumerate(zip(rows.tolist(), *where, strict=True)):
             try:
                 row = self.pictures.row(shard, index, g)
             except UnreadableSampleError as error:
-                broken.append(self.pictures.reader.describe(shard, index, str(error)))
+                broken.append(self.pictures.reader.describe(shard, index, g, str(error)))
                 row = self._replacement(g, broken[-1])
-            self.pictures.fill(images, labels, at, *row)
+            made.fill(at, row)
+        images, labels = made.images, made.labels
         if self.mixup is not None:
             images, labels = self.mixup.mix(images, labels, rows, self.share.apart)
         mask = torch.ones(len(rows), dtype=torch.bool)
         cursor = Cursor(position + self.share.global_batch)
-        return Batch(torch.from_numpy(images), labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
+        texts = None if made.texts is None else tuple(made.texts)
+        return Batch(torch.from_numpy(images), labels, mask, torch.from_numpy(rows), cursor, tuple(broken), texts)
 
-    def _replacement(self, g: int, first: Broken) -> tuple[NDArray[np.uint8], list[int]]:
+    def _replacement(self, g: int, first: Broken) -> Sample:
         """The first good one of g's stand-ins, augmented as g: the same on every layout."""
         others = list(self.order.stand_ins(g, _TRIES))
         for other in others:
@@ -171,7 +187,8 @@ class WebDatasetStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the position last given to `seek`, for ever; raises RuntimeError above `max_broken`."""
-        return load_batches(self._batches, _Positions(self._start, self._batches.share.global_batch), self._decoding)
+        positions = _Positions(self._start, self._batches.share.global_batch)
+        return load_batches(self._batches, positions, self._decoding, grace=_GRACE_BATCHES)
 
     def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
         """What `rank` gets of the batch that begins at `cursor`; one that is broken is named, not what replaced it."""
@@ -219,8 +236,9 @@ class _Positions:
 class _EvalBatches(Dataset[Batch]):
     def __init__(self, pictures: Pictures, rank_batch: int, rank: int, world: int) -> None:
         self.pictures, self.rank_batch, self.rank, self.world = pictures, rank_batch, rank, world
-        self.ends = np.cumsum([shard.count for shard in pictures.reader.shards])
         reader = pictures.reader
+        self.counts = reader.counts
+        self.ends = np.cumsum(self.counts)
         self.ahead = Ahead(reader.files, reader.shards, self.shards_at, step=1, horizon=len(self))
 
     def shards_at(self, step: int) -> list[int]:
@@ -235,21 +253,22 @@ class _EvalBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         self.ahead.reached(step)
         start = (step * self.world + self.rank) * self.rank_batch
-        images, labels = self.pictures.empty(self.rank_batch)
+        made = self.pictures.empty(self.rank_batch)
         mask = torch.zeros(self.rank_batch, dtype=torch.bool)
         ids = torch.full((self.rank_batch,), -1)
         broken: list[Broken] = []
         for at, g in enumerate(range(start, min(start + self.rank_batch, int(self.ends[-1])))):
             shard = int(np.searchsorted(self.ends, g, side="right"))
-            index = g - int(self.ends[shard]) + self.pictures.reader.shards[shard].count
+            index = g - int(self.ends[shard]) + self.counts[shard]
             ids[at] = g
             try:
-                self.pictures.fill(images, labels, at, *self.pictures.row(shard, index, g))
+                made.fill(at, self.pictures.row(shard, index, g))
                 mask[at] = True
             except UnreadableSampleError as error:
-                broken.append(self.pictures.reader.describe(shard, index, str(error)))
+                broken.append(self.pictures.reader.describe(shard, index, g, str(error)))
         cursor = Cursor((step + 1) * self.world * self.rank_batch)
-        return Batch(torch.from_numpy(images), labels, mask, ids, cursor, tuple(broken))
+        texts = None if made.texts is None else tuple(made.texts)
+        return Batch(torch.from_numpy(made.images), made.labels, mask, ids, cursor, tuple(broken), texts)
 
 
 class EvalStream:

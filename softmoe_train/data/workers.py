@@ -23,8 +23,13 @@ class Decoding:
     max_broken: int
 
 
-def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding) -> Iterator[Batch]:
-    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies."""
+def load_batches(
+    batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding, *, grace: int = 0
+) -> Iterator[Batch]:
+    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies.
+
+    The first `grace` batches above it are still given: whoever takes them may end in good order.
+    """
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -36,10 +41,12 @@ def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: De
         generator=torch.Generator(),  # its own: the loader's seed must not advance the global one
     )
     broken: list[Broken] = []
+    above = 0
     try:
         for batch in loader:
             broken += batch.broken
-            if len(broken) > decoding.max_broken:
+            above += len(broken) > decoding.max_broken
+            if above > grace:
                 raise RuntimeError(_too_many(broken, decoding.max_broken))
             yield batch
     except ShardsError as error:  # raised in a worker, it comes with the worker's traceback in its text
