@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Broken
 from softmoe_train.data.catalog import Catalog
-from softmoe_train.data.decode import UnreadableSampleError, decode_image
+from softmoe_train.data.decode import Encoded, UnreadableSampleError, open_image
 from softmoe_train.data.fields import MAX_JSON_BYTES, MAX_TEXT_BYTES, text_of
 from softmoe_train.data.files import ShardFiles, recent
 from softmoe_train.data.index import Samples, Shard, sum_of
@@ -21,9 +21,9 @@ _KEPT_INDEXES = 256
 
 
 class Sample(NamedTuple):
-    """A sample as it is stored: its picture (H x W x 3), its classes and its text, where these are asked for."""
+    """A sample as it is stored: its picture, not yet decoded, its classes and its text, where these are asked for."""
 
-    picture: NDArray[np.uint8]
+    picture: Encoded
     classes: list[int]
     text: str
 
@@ -46,6 +46,7 @@ class SampleReader:
         kept: Sequence[NDArray[np.int64] | None] | None = None,
     ) -> None:
         self.shards, self.labels, self.text, self.max_pixels = shards, labels, text, max_pixels
+        self.bytes_read = 0  # of members, by this process
         of_label = () if labels is None else (labels.part,)
         of_text = () if text is None else ("txt" if text == "txt" else "json",)
         self._parts = ("image", *of_label, *of_text)  # what a sample is read from
@@ -63,11 +64,21 @@ class SampleReader:
 
     def read(self, shard: int, index: int) -> Sample:
         """A sample; raises UnreadableSampleError with the reason."""
-        classes = [] if self.labels is None else self.labels.classes_of(self._label(shard, index, self._parts))
-        text = "" if self.text is None else text_of(self._text(shard, index), path_of(self.text))
+        picture, label, text = self.stored(shard, index)
+        classes = [] if self.labels is None else self.labels.classes_of(label)
+        words = "" if self.text is None else text_of(text, path_of(self.text))
+        return Sample(open_image(picture, max_pixels=self.max_pixels), classes, words)
+
+    def stored(self, shard: int, index: int) -> tuple[bytes, bytes, bytes]:
+        """The bytes of a sample's picture, label and text, nothing where these are not asked for.
+
+        Raises UnreadableSampleError where one is missing, too large or not what was indexed.
+        """
+        label = b"" if self.labels is None else self._label(shard, index, self._parts)
+        text = b"" if self.text is None else self._text(shard, index)
         # Raw pixels at 16 bits are the most that a picture within the limit can take.
         picture = self._member(shard, index, "image", 6 * self.max_pixels + (1 << 20), "picture", self._parts)
-        return Sample(decode_image(picture, max_pixels=self.max_pixels), classes, text)
+        return picture, label, text
 
     def label(self, shard: int, index: int) -> bytes:
         """The member that holds a sample's labels, and nothing else of it; raises UnreadableSampleError where there is none."""
@@ -117,6 +128,7 @@ class SampleReader:
             data = self.files.again(shard, offset, size, good=lambda data: sum_of(data) == wanted)
         except OSError as error:  # of a disk; what is at a URL has been tried again by now
             raise UnreadableSampleError(f"its {what} cannot be read ({error.strerror})") from None
+        self.bytes_read += len(data)
         if len(data) != size:
             raise UnreadableSampleError(f"its {what} breaks off after {len(data)} of {size} bytes")
         if sum_of(data) != wanted:
