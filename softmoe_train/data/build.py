@@ -1,12 +1,13 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
 from softmoe_train.data.batch import ImageStream
-from softmoe_train.data.index import index_shards
+from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.labels import build_labels, check_labels
 from softmoe_train.data.mixup import Mixup
-from softmoe_train.data.places import expand_shards
+from softmoe_train.data.places import check_places
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
+from softmoe_train.data.remote import Remote
 from softmoe_train.data.select import build_rules
 from softmoe_train.data.sources import NamedSpec, Source, build_training, check_mixture, indexed, training_specs
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
@@ -22,14 +23,16 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
     """
     if isinstance(cfg, SyntheticConfig):
         return []
-    specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
-    paths = [path for key, spec in specs for path in expand_shards(spec, key=key)]
-    rules = build_rules(cfg)
-    problems = []
+    catalog, rules, paths, problems = Catalog(Remote(cfg.cache)), build_rules(cfg), list[str](), []
+    for key, spec in [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]:
+        try:
+            paths += catalog.paths(spec, key=key)
+        except ValueError as error:
+            problems.append(str(error))
     for path in list(dict.fromkeys(paths))[part::parts]:
         try:
-            for shard in index_shards([path]):
-                rules.choose(shard)
+            for shard in catalog.shards([path], fresh=True):
+                rules.choose(shard, catalog)
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -51,9 +54,10 @@ def build_stream(
             for problem in check_mixture(cfg):
                 raise ValueError(problem)
             _check_transform(cfg.train_transform, image_size, "data.train_transform")
-            shards, chosen, order, facts = build_training(cfg, seed)
+            catalog = Catalog(Remote(cfg.cache))
+            shards, chosen, order, facts = build_training(cfg, catalog, seed)
             pictures = Pictures(
-                _reader(cfg, Source(shards, chosen), num_classes),
+                _reader(cfg, catalog, Source(shards, chosen), num_classes),
                 build_transform(cfg.train_transform, image_size),
                 image_size,
                 seed,
@@ -73,7 +77,9 @@ def build_eval_stream(
             return SyntheticEvalStream(pictures, batch_size=batch_size, rank=rank, world=world)
         case WebDatasetConfig():
             _check_transform(cfg.test_transform, image_size, "data.test_transform")
-            reader = _reader(cfg, indexed(NamedSpec("data.test", cfg.test), build_rules(cfg)), num_classes)
+            catalog = Catalog(Remote(cfg.cache))
+            held_out = indexed(NamedSpec("data.test", cfg.test), build_rules(cfg), catalog)
+            reader = _reader(cfg, catalog, held_out, num_classes)
             pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None)
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
@@ -88,7 +94,7 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
     wanted = [NamedSpec("data.test", cfg.test)] if needs_test or cfg.test is not None else []
     for key, spec in [*training_specs(cfg), *wanted]:
         try:
-            expand_shards(spec, key=key)
+            check_places(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
     problems += _check_meaning(cfg)
@@ -123,11 +129,12 @@ def _check_transform(transform: TransformConfig, image_size: int, key: str) -> N
         raise ValueError(problem)
 
 
-def _reader(cfg: WebDatasetConfig, source: Source, num_classes: int) -> SampleReader:
+def _reader(cfg: WebDatasetConfig, catalog: Catalog, source: Source, num_classes: int) -> SampleReader:
     for problem in check_labels(cfg, num_classes):
         raise ValueError(problem)
     return SampleReader(
         source.shards,
+        catalog,
         labels=build_labels(cfg, num_classes),
         text=cfg.text,
         max_pixels=cfg.max_pixels,

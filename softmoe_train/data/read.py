@@ -2,23 +2,22 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Broken
+from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.decode import UnreadableSampleError, decode_image
 from softmoe_train.data.fields import MAX_JSON_BYTES, MAX_TEXT_BYTES, text_of
-from softmoe_train.data.index import Samples, Shard, samples_of
+from softmoe_train.data.files import ShardFiles, recent
+from softmoe_train.data.index import Samples, Shard, sum_of
 from softmoe_train.data.labels import Labels
 from softmoe_train.data.records import path_of
 
-_OPEN_FILES = 64
 _KEPT_INDEXES = 256
-
-Kept = TypeVar("Kept")
 
 
 class Sample(NamedTuple):
@@ -39,6 +38,7 @@ class SampleReader:
     def __init__(
         self,
         shards: list[Shard],
+        catalog: Catalog,
         *,
         labels: Labels | None,
         text: str | None,
@@ -47,7 +47,9 @@ class SampleReader:
     ) -> None:
         self.shards, self.labels, self.text, self.max_pixels = shards, labels, text, max_pixels
         self._kept = kept if kept is not None else [None] * len(shards)
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self.files, self._catalog = ShardFiles(shards, catalog.remote), catalog
+        beside = [] if text is None else ["txt" if text == "txt" else "json"]
+        self._parts = ("image", *beside, *([] if labels is None else [labels.part]))  # that a sample is read from
         self._indexes: OrderedDict[int, Samples] = OrderedDict()
 
     @property
@@ -56,7 +58,7 @@ class SampleReader:
         return [one.count if kept is None else len(kept) for one, kept in zip(self.shards, self._kept, strict=True)]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
+        return {**self.__dict__, "_indexes": OrderedDict()}
 
     def read(self, shard: int, index: int) -> Sample:
         """A sample; raises UnreadableSampleError with the reason."""
@@ -81,8 +83,7 @@ class SampleReader:
 
     def close(self) -> None:
         """Close every file."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self.files.close()
 
     def _text(self, shard: int, index: int) -> bytes:
         if self.text == "txt":
@@ -90,49 +91,38 @@ class SampleReader:
         return self._member(shard, index, "json", MAX_JSON_BYTES, "text (.json)")
 
     def _member(self, shard: int, index: int, part: str, limit: int, what: str) -> bytes:
-        return self._bytes(shard, self._samples(shard).where[part][self._stored(shard, index)], limit, what)
+        return self._bytes(shard, self._stored(shard, index), part, limit, what)
 
     def _stored(self, shard: int, index: int) -> int:
         """The number in its tar of the sample that is `index`-th of those that remain."""
         kept = self._kept[shard]
         return index if kept is None else int(kept[index])
 
-    def _bytes(self, shard: int, where: NDArray[np.int64], limit: int, what: str) -> bytes:
-        offset, size = where.tolist()
+    def _bytes(self, shard: int, index: int, part: str, limit: int, what: str) -> bytes:
+        samples = self._samples(shard)
+        offset, size = samples.where[part][index].tolist()
         if offset < 0:
             raise UnreadableSampleError(f"it has no {what}")
         if size > limit:
             raise UnreadableSampleError(f"its {what} is {size} bytes, more than {limit}")
-        data = os.pread(self._file(shard), size, offset)
+        wanted = int(samples.sums[part][index])
+        try:
+            data = self.files.read(shard, offset, size, around=_around(samples, index, self._parts))
+            if sum_of(data) != wanted:
+                data = self.files.again(shard, offset, size)
+        except OSError as error:  # of a disk; what is at a URL has been tried again by now
+            raise UnreadableSampleError(f"its {what} cannot be read ({error.strerror})") from None
         if len(data) != size:
             raise UnreadableSampleError(f"its {what} breaks off after {len(data)} of {size} bytes")
+        if sum_of(data) != wanted:
+            raise UnreadableSampleError(f"its {what} is not the {size} bytes that were indexed at byte {offset}")
         return data
 
-    def _file(self, shard: int) -> int:
-        def open_shard() -> int:
-            file = os.open(self.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
-            facts, known = os.fstat(file), self.shards[shard]
-            if (facts.st_size, facts.st_mtime_ns) != (known.size, known.mtime_ns):
-                os.close(file)
-                raise ValueError(
-                    f"{known.path} has changed since this run indexed it: shards must stay as they are; start again."
-                )
-            return file
-
-        return _recent(self._files, shard, open_shard, _OPEN_FILES, os.close)
-
     def _samples(self, shard: int) -> Samples:
-        return _recent(self._indexes, shard, lambda: samples_of(self.shards[shard]), _KEPT_INDEXES, lambda _: None)
+        return recent(self._indexes, shard, lambda: self._catalog.samples(self.shards[shard]), _KEPT_INDEXES)
 
 
-def _recent(
-    kept: OrderedDict[int, Kept], key: int, make: Callable[[], Kept], limit: int, drop: Callable[[Kept], object]
-) -> Kept:
-    """The value under `key`, made if absent; beyond `limit` values the one unused for longest is dropped."""
-    if key in kept:
-        kept.move_to_end(key)
-        return kept[key]
-    if len(kept) >= limit:
-        drop(kept.popitem(last=False)[1])
-    kept[key] = make()
-    return kept[key]
+def _around(samples: Samples, index: int, parts: Sequence[str]) -> tuple[int, int]:
+    """The bytes (first, end) that hold every part of a sample that is read."""
+    rows = [samples.where[part][index].tolist() for part in parts]
+    return min(at for at, _ in rows if at >= 0), max(at + size for at, size in rows)

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.decode import UnreadableSampleError
-from softmoe_train.data.index import Shard, index_folder, samples_of, write_index
+from softmoe_train.data.index import Shard, index_folder, write_index
 from softmoe_train.data.labels import Labels, classes_hash, kept_numbers, read_classes
 from softmoe_train.data.quarantine import read_quarantine
 from softmoe_train.data.read import SampleReader
@@ -53,7 +54,7 @@ class Rules:
     keys: str | None
     listed: dict[str, frozenset[str]]  # keys in quarantine by the hash of their shard
 
-    def choose(self, shard: Shard) -> Chosen:
+    def choose(self, shard: Shard, catalog: Catalog) -> Chosen:
         """What remains of `shard`: from the cache, or else worked out now and cached."""
         listed = self.listed.get(shard.sha256, frozenset())
         if self.labels is None and self.keys is None and not listed:
@@ -71,7 +72,7 @@ class Rules:
             TypeError,
         ):  # absent, or cut off by a full disk
             pass
-        chosen = self._work_out(shard, listed)
+        chosen = self._work_out(shard, catalog, listed)
         told = {
             "labels": list(chosen.labels.items()),
             "unlabelled": chosen.unlabelled,
@@ -81,15 +82,15 @@ class Rules:
         write_index(cached, {"kept": torch.from_numpy(kept)}, {"told": json.dumps(told)})
         return chosen
 
-    def _work_out(self, shard: Shard, listed: frozenset[str]) -> Chosen:
-        keys = samples_of(shard).keys()
+    def _work_out(self, shard: Shard, catalog: Catalog, listed: frozenset[str]) -> Chosen:
+        keys = catalog.samples(shard).keys()
         pattern = None if self.keys is None else re.compile(self.keys)
         quarantined = [key for key in keys if key in listed]
         keep = np.asarray([key not in listed and (pattern is None or bool(pattern.search(key))) for key in keys], bool)
         counts: Counter[int] = Counter()
         unlabelled = 0
         if self.labels is not None:
-            reader = SampleReader([shard], labels=self.labels, text=None, max_pixels=1)
+            reader = SampleReader([shard], catalog, labels=self.labels, text=None, max_pixels=1)
             for index in range(len(keys)):
                 try:
                     numbers = self.labels.numbers_of(reader.label(0, index))

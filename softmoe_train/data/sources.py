@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-from softmoe_train.data.index import Shard, data_hash, index_shards
+from softmoe_train.data.catalog import Catalog
+from softmoe_train.data.index import Shard, data_hash
 from softmoe_train.data.mixture import MOST_PLACES, Mixture, reduced, source_seed
 from softmoe_train.data.order import Order
-from softmoe_train.data.places import expand_shards
 from softmoe_train.data.records import ShardSpec, WebDatasetConfig
+from softmoe_train.data.remote import Remote
 from softmoe_train.data.select import (
     Chosen,
     Rules,
@@ -72,10 +73,10 @@ def check_mixture(cfg: WebDatasetConfig) -> list[str]:
     return problems
 
 
-def build_training(cfg: WebDatasetConfig, seed: int) -> Training:
+def build_training(cfg: WebDatasetConfig, catalog: Catalog, seed: int) -> Training:
     """Index the training shards, choose among their samples and lay down their order; raises ValueError where none is left."""
     rules = build_rules(cfg)
-    sources = [indexed(spec, rules) for spec in training_specs(cfg)]
+    sources = [indexed(spec, rules, catalog) for spec in training_specs(cfg)]
     shards = [shard for source in sources for shard in source.shards]
     chosen = [one for source in sources for one in source.chosen]
     facts = {"streams": cfg.streams, "shuffle_window": cfg.shuffle_window, "block": cfg.block, "seed": seed}
@@ -93,14 +94,14 @@ def build_training(cfg: WebDatasetConfig, seed: int) -> Training:
     return Training(shards, chosen, mixture, {"mixture": told, **facts})
 
 
-def indexed(named: NamedSpec, rules: Rules) -> Source:
+def indexed(named: NamedSpec, rules: Rules, catalog: Catalog) -> Source:
     """The shards that a key names and what remains of them; raises ValueError where that is no sample."""
-    shards = list(index_shards(expand_shards(named.spec, key=named.key)))
+    shards = list(catalog.shards(catalog.paths(named.spec, key=named.key), fresh=False))
     if not sum(shard.count for shard in shards):
         raise ValueError(
             f"{named.key}={named.spec} names {len(shards)} shards without a single sample: name shards that hold pictures."
         )
-    chosen = [rules.choose(shard) for shard in shards]
+    chosen = [rules.choose(shard, catalog) for shard in shards]
     if not sum(one.count(shard) for shard, one in zip(shards, chosen, strict=True)):
         raise ValueError(nothing_left(named.key, named.spec, shards, chosen))
     return Source(shards, chosen)
@@ -111,9 +112,9 @@ def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
 
     Every shard must have been indexed and chosen from before; raises ValueError where nothing is left.
     """
-    rules = build_rules(cfg)
+    rules, catalog = build_rules(cfg), Catalog(Remote(cfg.cache))
     specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
-    sources = [indexed(spec, rules) for spec in specs]
+    sources = [indexed(spec, rules, catalog) for spec in specs]
     told = [
         f"{key}: {text}" for (key, _), source in zip(specs, sources, strict=True) for text in told_of_keep(cfg, *source)
     ]
