@@ -15,7 +15,13 @@ FREE = {
     "data.classes", "data.quarantine",
 }  # fmt: skip
 # What a setting did before it could be set, where that is not null: a run of that time goes on.
-ONCE = {"data.label": "cls", "data.keep.renumber": False}
+ONCE = {
+    "data.label": "cls",
+    "data.keep.renumber": False,
+    "data.scaled_decode": False,
+    "data.train_transform.arithmetic": "float32",
+    "data.test_transform.arithmetic": "float32",
+}
 # Files may be moved (as data.classes and data.quarantine, data.train): what they hold is in the stream's fingerprint.
 SHARDS_OF_A_SOURCE = re.compile(r"data\.mixture\.[^.]+\.shards")
 

@@ -24,7 +24,7 @@ from softmoe_train.faults.broken import NONE_BROKEN, BrokenSamples, BrokenWatch,
 from softmoe_train.faults.step_watch import StepWatch
 from softmoe_train.model.routing import MEASURES
 from softmoe_train.observe.log import SilentLog
-from softmoe_train.observe.meter import Meter
+from softmoe_train.observe.meter import Meter, StallWatch
 
 
 @dataclass
@@ -161,11 +161,11 @@ def fit(
             state, plan, saver.save
         )  # before workers start; or there is nothing to go back to, until the first checkpoint
     device = state.engine.device
-    meter, watch = Meter(device), StepWatch(plan.bad_steps, plan.bad_batches, log)
+    meter, stalls, watch = Meter(device), StallWatch(), StepWatch(plan.bad_steps, plan.bad_batches, log)
     broken = BrokenWatch(plan.budget, plan.broken_file, log)
     if state.step < plan.last:
         broken.check(state.broken_samples, state.images_seen, state.broken, state.step)
-    batches = _batches(state, stream)
+    batches = batches_from(state, stream)
     asked, begun = None, state.step
     while state.step < plan.last and not asked:
         with meter.waiting():
@@ -200,7 +200,11 @@ def fit(
         if reports:
             metrics = _train_metrics(state, plan, report, lr, broken)
             metrics |= {f"data/{name}": value for name, value in stream.measures(state.cursor).items()}
-            log.report(state.step, state.images_seen, metrics | meter.read())
+            rates = meter.read()
+            log.report(state.step, state.images_seen, metrics | rates)
+            stalled = stalls.see(rates)
+            if stalled is not None:
+                log.warn(f"step {state.step}: {stalled}")
         spent = reports and broken.spent(state.broken_samples, state.images_seen)  # by what all ranks have just told
         with meter.paused():
             measured = _measure(state, due, log)
@@ -233,7 +237,7 @@ def _may_save(state: TrainState, plan: Plan, log: SilentLog) -> bool:
     return may
 
 
-def _batches(state: TrainState, stream: ImageStream) -> Iterator[Batch]:
+def batches_from(state: TrainState, stream: ImageStream) -> Iterator[Batch]:
     """Batches from the state's cursor on; before each, the cursor is moved past data that is to be passed over."""
     while True:
         state.cursor = Cursor(past(state.bad_steps.passed_over, state.cursor.position))

@@ -12,7 +12,7 @@ from softmoe_train.data.select import build_rules
 from softmoe_train.data.sources import NamedSpec, Source, build_training, check_mixture, indexed, training_specs
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
-from softmoe_train.data.transforms import build_transform, check_transform
+from softmoe_train.data.transforms import build_transform, check_transform, may_scale
 from softmoe_train.data.workers import Decoding
 
 
@@ -23,12 +23,13 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
     """
     if isinstance(cfg, SyntheticConfig):
         return []
-    catalog, rules, paths, problems = Catalog(Remote(cfg.cache)), build_rules(cfg), list[str](), []
+    catalog, paths, problems = Catalog(Remote(cfg.cache)), list[str](), []
     for key, spec in [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]:
         try:
             paths += catalog.paths(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
+    rules = build_rules(cfg)
     for path in list(dict.fromkeys(paths))[part::parts]:
         try:
             for shard in catalog.shards([path], fresh=True):
@@ -56,12 +57,14 @@ def build_stream(
             _check_transform(cfg.train_transform, image_size, "data.train_transform")
             catalog = Catalog(Remote(cfg.cache))
             shards, chosen, order, facts = build_training(cfg, catalog, seed)
+            scaled = cfg.scaled_decode and may_scale(cfg.train_transform)
             pictures = Pictures(
                 _reader(cfg, catalog, Source(shards, chosen), num_classes),
-                build_transform(cfg.train_transform, image_size),
+                build_transform(cfg.train_transform, image_size, scaled=scaled),
                 image_size,
                 seed,
                 cfg.randaugment,
+                scaled,
             )
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
             return WebDatasetStream(pictures, order, share, mixup, decoding, facts)
@@ -78,9 +81,9 @@ def build_eval_stream(
         case WebDatasetConfig():
             _check_transform(cfg.test_transform, image_size, "data.test_transform")
             catalog = Catalog(Remote(cfg.cache))
-            held_out = indexed(NamedSpec("data.test", cfg.test), build_rules(cfg), catalog)
-            reader = _reader(cfg, catalog, held_out, num_classes)
-            pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None)
+            source = indexed(NamedSpec("data.test", cfg.test), build_rules(cfg), catalog)
+            reader = _reader(cfg, catalog, source, num_classes)
+            pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None, False)
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
 

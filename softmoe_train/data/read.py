@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Broken
 from softmoe_train.data.catalog import Catalog
-from softmoe_train.data.decode import UnreadableSampleError, decode_image
+from softmoe_train.data.decode import Encoded, UnreadableSampleError, open_image
 from softmoe_train.data.fields import MAX_JSON_BYTES, MAX_TEXT_BYTES, text_of
 from softmoe_train.data.files import ShardFiles, recent
 from softmoe_train.data.index import Samples, Shard, sum_of
@@ -21,9 +21,9 @@ _KEPT_INDEXES = 256
 
 
 class Sample(NamedTuple):
-    """A sample as it is stored: its picture (H x W x 3), its classes and its text, where these are asked for."""
+    """A sample as it is stored: its picture, not yet decoded, its classes and its text, where these are asked for."""
 
-    picture: NDArray[np.uint8]
+    picture: Encoded
     classes: list[int]
     text: str
 
@@ -46,10 +46,12 @@ class SampleReader:
         kept: Sequence[NDArray[np.int64] | None] | None = None,
     ) -> None:
         self.shards, self.labels, self.text, self.max_pixels = shards, labels, text, max_pixels
+        self.bytes_read = 0  # of members, by this process
+        of_label = () if labels is None else (labels.part,)
+        of_text = () if text is None else ("txt" if text == "txt" else "json",)
+        self._parts = ("image", *of_label, *of_text)  # what a sample is read from
         self._kept = kept if kept is not None else [None] * len(shards)
         self.files, self._catalog = ShardFiles(shards, catalog.remote), catalog
-        beside = [] if text is None else ["txt" if text == "txt" else "json"]
-        self._parts = ("image", *beside, *([] if labels is None else [labels.part]))  # that a sample is read from
         self._indexes: OrderedDict[int, Samples] = OrderedDict()
 
     @property
@@ -62,16 +64,26 @@ class SampleReader:
 
     def read(self, shard: int, index: int) -> Sample:
         """A sample; raises UnreadableSampleError with the reason."""
-        classes = [] if self.labels is None else self.labels.classes_of(self.label(shard, index))
-        text = "" if self.text is None else text_of(self._text(shard, index), path_of(self.text))
+        picture, label, text = self.stored(shard, index)
+        classes = [] if self.labels is None else self.labels.classes_of(label)
+        words = "" if self.text is None else text_of(text, path_of(self.text))
+        return Sample(open_image(picture, max_pixels=self.max_pixels), classes, words)
+
+    def stored(self, shard: int, index: int) -> tuple[bytes, bytes, bytes]:
+        """The bytes of a sample's picture, label and text, nothing where these are not asked for.
+
+        Raises UnreadableSampleError where one is missing, too large or not what was indexed.
+        """
+        label = b"" if self.labels is None else self._label(shard, index, self._parts)
+        text = b"" if self.text is None else self._text(shard, index)
         # Raw pixels at 16 bits are the most that a picture within the limit can take.
-        picture = self._member(shard, index, "image", 6 * self.max_pixels + (1 << 20), "picture")
-        return Sample(decode_image(picture, max_pixels=self.max_pixels), classes, text)
+        picture = self._member(shard, index, "image", 6 * self.max_pixels + (1 << 20), "picture", self._parts)
+        return picture, label, text
 
     def label(self, shard: int, index: int) -> bytes:
-        """The member that holds a sample's labels; raises UnreadableSampleError where there is none."""
+        """The member that holds a sample's labels, and nothing else of it; raises UnreadableSampleError where there is none."""
         assert self.labels is not None
-        return self._member(shard, index, self.labels.part, self.labels.limit, f"label (.{self.labels.part})")
+        return self._label(shard, index, (self.labels.part,))
 
     def describe(self, shard: int, index: int, g: int, reason: str) -> Broken:
         """The report of a sample that could not be read in the place of `g`."""
@@ -85,33 +97,38 @@ class SampleReader:
         """Close every file."""
         self.files.close()
 
+    def _label(self, shard: int, index: int, along: tuple[str, ...]) -> bytes:
+        assert self.labels is not None
+        part = self.labels.part
+        return self._member(shard, index, part, self.labels.limit, f"label (.{part})", along)
+
     def _text(self, shard: int, index: int) -> bytes:
         if self.text == "txt":
-            return self._member(shard, index, "txt", MAX_TEXT_BYTES, "text (.txt)")
-        return self._member(shard, index, "json", MAX_JSON_BYTES, "text (.json)")
-
-    def _member(self, shard: int, index: int, part: str, limit: int, what: str) -> bytes:
-        return self._bytes(shard, self._stored(shard, index), part, limit, what)
+            return self._member(shard, index, "txt", MAX_TEXT_BYTES, "text (.txt)", self._parts)
+        return self._member(shard, index, "json", MAX_JSON_BYTES, "text (.json)", self._parts)
 
     def _stored(self, shard: int, index: int) -> int:
         """The number in its tar of the sample that is `index`-th of those that remain."""
         kept = self._kept[shard]
         return index if kept is None else int(kept[index])
 
-    def _bytes(self, shard: int, index: int, part: str, limit: int, what: str) -> bytes:
-        samples = self._samples(shard)
-        offset, size = samples.where[part][index].tolist()
+    def _member(self, shard: int, index: int, part: str, limit: int, what: str, along: tuple[str, ...]) -> bytes:
+        """The bytes of a member; those of the parts `along` may come with them."""
+        samples, row = self._samples(shard), self._stored(shard, index)
+        offset, size = samples.where[part][row].tolist()
         if offset < 0:
             raise UnreadableSampleError(f"it has no {what}")
         if size > limit:
             raise UnreadableSampleError(f"its {what} is {size} bytes, more than {limit}")
-        wanted = int(samples.sums[part][index])
+        wanted = int(samples.sums[part][row])
         try:
-            data = self.files.read(shard, offset, size, around=_around(samples, index, self._parts))
-            if sum_of(data) != wanted:
+            data = self.files.read(shard, offset, size, around=_around(samples, row, along))
+            tries = self.files.tries(shard)
+            while sum_of(data) != wanted and (tries := tries - 1):
                 data = self.files.again(shard, offset, size)
         except OSError as error:  # of a disk; what is at a URL has been tried again by now
             raise UnreadableSampleError(f"its {what} cannot be read ({error.strerror})") from None
+        self.bytes_read += len(data)
         if len(data) != size:
             raise UnreadableSampleError(f"its {what} breaks off after {len(data)} of {size} bytes")
         if sum_of(data) != wanted:
@@ -122,7 +139,7 @@ class SampleReader:
         return recent(self._indexes, shard, lambda: self._catalog.samples(self.shards[shard]), _KEPT_INDEXES)
 
 
-def _around(samples: Samples, index: int, parts: Sequence[str]) -> tuple[int, int]:
-    """The bytes (first, end) that hold every part of a sample that is read."""
-    rows = [samples.where[part][index].tolist() for part in parts]
-    return min(at for at, _ in rows if at >= 0), max(at + size for at, size in rows)
+def _around(samples: Samples, row: int, parts: tuple[str, ...]) -> tuple[int, int]:
+    """The bytes (first, end) that hold these parts of a sample."""
+    members = [samples.where[part][row].tolist() for part in parts]
+    return min(at for at, _ in members if at >= 0), max(at + size for at, size in members)

@@ -26,6 +26,9 @@ class InceptionCrop(Record):
     max_aspect: Positive
     antialias: bool
     flip: bool
+    arithmetic: Literal[
+        "float32", "uint8"
+    ]  # of the resize: truncated, as the paper's pipeline does, or rounded and faster
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
@@ -141,6 +144,7 @@ class WebDatasetConfig(Record):
     test_transform: TransformConfig
     randaugment: RandAugment | None  # after train_transform
     mixup: Positive | None  # p of Beta(p, p); above 0
+    scaled_decode: bool  # a training JPEG is decoded at a half, a quarter or an eighth of its size where an inception crop allows it
     max_pixels: PositiveInt
     max_broken: Count
     max_broken_fraction: Fraction | None  # of the images seen

@@ -1,5 +1,6 @@
 """This file owns the decode workers: the processes that prepare batches, what ends them and what must not."""
 
+import math
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softmoe_train.data.batch import Batch, Broken
 from softmoe_train.data.places import ShardsError
@@ -53,6 +54,14 @@ def load_batches(
         raise ShardsError(_last_line(error)) from None
     except (ConnectionError, EOFError) as error:  # a batch is fetched from its worker, and that one is gone
         raise RuntimeError("a decode worker ended unexpectedly: was it killed, for memory perhaps?") from error
+
+
+def shared_bytes(shape: tuple[int, ...]) -> torch.Tensor:
+    """A uint8 tensor of anything; in a decode worker it lies in shared memory, so that a batch is not copied on its way to the training process."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _too_many(broken: Sequence[Broken], limit: int) -> str:

@@ -109,6 +109,7 @@ def settings(**changes: object) -> WebDatasetConfig:
         "test_transform": plain,
         "randaugment": None,
         "mixup": None,
+        "scaled_decode": False,
         "max_pixels": 1_000_000,
         "max_broken": 0,
         "max_broken_fraction": None,

@@ -74,7 +74,8 @@ def test_imagenet_s_training_archive_is_read_without_unpacking(layout: str, tmp_
     read = samples(*(tmp_path / "out").glob("*.tar"))
     assert read["n02119789/n02119789_3"]["jpg"] == picture(103, "JPEG")
     assert (tmp_path / "out" / "classes.txt").read_text().split() == SYNSETS
-    trains(tmp_path / "out", 3, tmp_path)
+    if layout == "a tar of tars":
+        trains(tmp_path / "out", 3, tmp_path)
 
 
 def validation(tmp_path: Path) -> Path:
