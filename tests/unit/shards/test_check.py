@@ -184,9 +184,9 @@ def test_a_layout_that_cannot_be_fed_is_a_problem_with_the_legal_ones(tmp_path: 
 
 
 def test_mistakes_of_both_kinds_of_keys_are_told_at_once(tmp_path: Path, capsys) -> None:
-    assert check(tmp_path / "nothing", "rank=3", "data.label=hard", f"out={tmp_path}") == 2
+    assert main(["shards", "check", "data.train=nothing", "rank=3", f"out={tmp_path}"]) == 2
     said = capsys.readouterr().err
-    for word in ("nothing", "out=", "there is no key rank", "data.label"):
+    for word in ("data.train=nothing", "out=", "there is no key rank"):
         assert word in said, word
     assert main(["shards", "check", "data=synthetic", "quarantine=x.txt"]) == 2
     assert "quarantine=x.txt is not a .jsonl file" in capsys.readouterr().err
