@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from softmoe_train.changes import changed_settings
 from softmoe_train.checkpoint import CheckpointError, DamagedError
 from softmoe_train.checkpoint.audit import Audit, layout_words
 from softmoe_train.checkpoint.remote import Place
@@ -11,7 +12,7 @@ from softmoe_train.config import ConfigError
 from softmoe_train.data import ImageStream
 from softmoe_train.faults.bad_steps import REMEDY, BadData, BadStepsError
 from softmoe_train.loop import TrainState
-from softmoe_train.settings import RunConfig, changed_settings
+from softmoe_train.settings import RunConfig
 from softmoe_train.warm.start import Warmed, start_warm
 
 LEFT_OUT = {  # by whether the checkpoint has averaged weights, where one side alone has

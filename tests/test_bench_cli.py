@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from softmoe_train.commands.main import main
 from tests.runs import environment
+from tests.unit.data.conftest import encoded, write_tar
 
 QUICK = ["rounds=2", "warmup=1"]
 TINY = ["tokens=6", "width=8", "hidden=16", "images=1,2"]
@@ -160,9 +162,48 @@ def test_checkpoints_are_measured_beside_memory_and_disk_and_leave_nothing(tmp_p
     assert list(disk.iterdir()) == []
 
 
+def test_stream_is_measured_beside_its_floors_and_the_plain_pipeline(tmp_path: Path) -> None:
+    folder, out = tmp_path / "shards", tmp_path / "stream.json"
+    folder.mkdir()
+    waves = np.add.outer(np.arange(90), np.arange(120)).astype(np.uint8)
+    pictures = [
+        encoded(np.stack([waves + i, waves * 2, waves.T.repeat(2, 0)[:90].repeat(2, 1)[:, :120]], -1), "JPEG")
+        for i in range(9)
+    ]
+    write_tar(
+        folder / "a.tar", [m for i, data in enumerate(pictures) for m in ((f"{i}.cls", b"3"), (f"{i}.jpg", data))]
+    )
+    own = [
+        "data=inception",
+        f"data.train={folder}",
+        "data.workers=2",
+        "model.image_size=32",
+        "images=4",
+        "megapixels=0.2",
+    ]
+    assert main(["bench", "stream", *own, "data.scaled_decode=true", *QUICK, f"out={out}"]) == 0
+    *rows, cost = read(out, "stream")
+    alone = {row["side"]: row for row in rows if row["where"] == "one process"}
+    assert list(alone) == ["read", "decode, whole", "decode", "bare loop", "stream", "plain webdataset"]
+    assert [row["side"] for row in rows if row["where"] == "2 workers"] == ["stream", "plain webdataset"]
+    for row in rows:
+        assert positive(row["images_per_second"], *row["ratios"].values())
+        assert row["images_per_second"]["median"] > 0 and len(row["seconds_of_rounds"]) == 2
+    assert alone["stream"]["images"] == 8
+    assert 0 < cost["position_seconds"]["order"] < 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["stream", "data=synthetic", "rounds=0"],
+            ["data=synthetic has no pictures to decode; give data=inception", "rounds=0"],
+        ),
+        (
+            ["stream", "data=cifar10", "data.train=/none", "data.workers=0"],
+            ["data.train_transform.kind=padded_crop: the comparison is of random crops", "data.workers=0: ", "data.train=/none"],
+        ),
         (["layer", "experts=3", "width=0"], ["experts=3 does not divide", "width=0: input should be"]),
         (["infer", "recipe=debug", "model.moe.blocks=[]", "imags=2"], ["model has no experts", "did you mean images"]),
         (
@@ -197,7 +238,7 @@ def test_help_says_what_each_measures(capsys: pytest.CaptureFixture[str]) -> Non
         main(["bench", "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {what} " in shown for what in ("layer", "infer", "step", "exchange", "checkpoint"))
+    assert all(f"\n  {what} " in shown for what in ("layer", "infer", "step", "exchange", "stream", "checkpoint"))
 
 
 HUGE = 10**12  # of anything: more bytes than a machine maps

@@ -16,6 +16,7 @@ FLOORS = {
     "warm": 3,  # weights from elsewhere
     "evals": 4,
     "asked": 4.5,  # what was asked for in so many words
+    "changes": 4.4,  # which settings may change under a run
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
     "resume": 4.7,  # from which checkpoint run.py goes on
     "run": 5, "worlds": 5,

@@ -116,6 +116,16 @@ class CheckpointSettings(Measuring):
         return folder
 
 
+class StreamSettings(Measuring):
+    """Keys of `bench stream`, beside those of a run."""
+
+    images: Positive  # of a batch
+    batches: Positive  # of a round
+    megapixels: (
+        Annotated[float, Field(gt=0, le=50)] | None
+    )  # photographs made of data.train's pictures; null: these as they are
+
+
 def group_problems(own: Measuring | None, group_images: int) -> list[str]:
     """Why batches of so many images would not be whole routing groups."""
     images = own.images if isinstance(own, InferSettings | ExchangeSettings) else []

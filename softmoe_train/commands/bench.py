@@ -3,6 +3,8 @@
 import re
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
+
 from softmoe_train.asked import dense_problems
 from softmoe_train.bench.checkpoint import bench_checkpoint, checkpoint_problems
 from softmoe_train.bench.exchange import bench_exchange, exchange_problems
@@ -17,8 +19,10 @@ from softmoe_train.bench.settings import (
     LayerSettings,
     Measuring,
     StepSettings,
+    StreamSettings,
 )
 from softmoe_train.bench.step import bench_step, step_problems
+from softmoe_train.bench.stream import bench_stream, stream_problems
 from softmoe_train.bench.table import Outcome, print_outcome
 from softmoe_train.commands.workers import Verb, ranks, run_verb, under_a_launcher
 from softmoe_train.config import ConfigError, compose, compose_own, split_overrides
@@ -32,6 +36,7 @@ MEASURES = {
     "infer": "images per second of a Soft MoE model beside the dense one of the same size",
     "step": "a training step of your own run: images per second, utilisation, and its parts",
     "exchange": "the slot exchange of your own run beside the bare collective of the same slots",
+    "stream": "images per second of your training data by stage, beside bare decoding and the plain webdataset pipeline",
     "checkpoint": "how long a save holds your own run up, and saves and loads beside the disk",
 }
 
@@ -62,6 +67,8 @@ def bench(what: str, overrides: list[str]) -> int:
             return _on_ranks(what, StepSettings, overrides)
         case "exchange":
             return _on_ranks(what, ExchangeSettings, overrides)
+        case "stream":
+            return _stream(overrides)
         case "checkpoint":
             return _on_ranks(what, CheckpointSettings, overrides)
     raise AssertionError(what)
@@ -86,6 +93,13 @@ def _infer(overrides: list[str]) -> int:
     device = pick_device(asked.run.device, 0)
     outcome = bench_infer(asked.own, asked.run.model, DTYPES[asked.run.precision], device)
     _tell("infer", asked.own, outcome, facts_of(device, ["infer", *overrides], 1), _told(asked))
+    return 0
+
+
+def _stream(overrides: list[str]) -> int:
+    asked = _compose("stream", StreamSettings, overrides, None)
+    outcome = bench_stream(asked.own, asked.run)
+    _tell("stream", asked.own, outcome, facts_of(torch.device("cpu"), ["stream", *overrides], 1), _told(asked))
     return 0
 
 
@@ -140,6 +154,8 @@ def _problems(what: str, own: Measuring | None, config: RunConfig, size: int, lo
     match what:
         case "infer":
             return infer_problems(own, config) + _launcher_problems(what)
+        case "stream":
+            return stream_problems(own, config) + _launcher_problems(what)
         case "step":
             return compute_problems(config, size, local_size) + step_problems(own, config, size)
         case "exchange":

@@ -6,6 +6,8 @@ first picture counts.
 """
 
 import io
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -21,12 +23,100 @@ class UnreadableSampleError(Exception):
     """A sample that cannot be used; the message is the reason, for the report of broken samples."""
 
 
+class Reduced(NamedTuple):
+    """The pixels of a picture at 1 / `by` of its size, each the mean of by x by of its pixels, as JPEG's own arithmetic gives it.
+
+    `above` and `left`, in reduced pixels, are where the picture begins: not at 0 where it was stored the other way round
+    and its size is no multiple of `by`.
+    """
+
+    pixels: NDArray[np.uint8]
+    by: int
+    above: float
+    left: float
+
+
+class Encoded:
+    """A picture whose size is known and whose pixels are decoded when they are asked for, since a crop may not need them all."""
+
+    def __init__(self, height: int, width: int, decode: Callable[[int], Reduced]) -> None:
+        self.height, self.width = height, width
+        self._decode = decode
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """All of the picture, as H x W x 3 RGB; raises UnreadableSampleError."""
+        return self._decode(1).pixels
+
+    def reduced(self, by: int) -> Reduced:
+        """The picture at 1 / `by` (1, 2, 4 or 8) of its size where its format can do that, or else whole; raises UnreadableSampleError."""
+        return self._decode(by)
+
+
+def decoded(image: NDArray[np.uint8]) -> Encoded:
+    """Pixels that are there already."""
+    return Encoded(image.shape[0], image.shape[1], lambda _: Reduced(image, 1, 0.0, 0.0))
+
+
 def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     """The picture as H x W x 3 RGB; raises UnreadableSampleError, and does so before decoding above `max_pixels`."""
+    return open_image(data, max_pixels=max_pixels).pixels()
+
+
+def open_image(data: bytes, *, max_pixels: int) -> Encoded:
+    """The upright picture, not yet decoded if it is a JPEG; raises UnreadableSampleError, and does so before decoding above `max_pixels`."""
     if data.startswith(b"\xff\xd8\xff"):
-        image = _decode_jpeg(data, max_pixels)
-        if image is not None:
-            return image
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(int(height), int(width), max_pixels)
+        except ValueError:
+            colorspace = None
+        if colorspace in ("YCbCr", "RGB", "Gray"):
+            return _open_jpeg(data, int(height), int(width), max_pixels)
+    return decoded(_decode_by_pillow(data, max_pixels))  # CMYK too
+
+
+def _open_jpeg(data: bytes, height: int, width: int, max_pixels: int) -> Encoded:
+    orientation = 1
+    if data.find(b"Exif\0\0", 0, _EXIF_WITHIN) >= 0:
+        orientation = _orientation(data)
+
+    def decode(by: int) -> Reduced:
+        try:
+            image, by = _decode_jpeg(data, height, width, by)
+        except ValueError:  # libjpeg-turbo objects: Pillow has to judge
+            return Reduced(_decode_by_pillow(data, max_pixels), 1, 0.0, 0.0)
+        rows, columns = (
+            -(-size // by) - size / by for size in (height, width)
+        )  # of the last pixel, outside the picture
+        if orientation >= 5:
+            rows, columns = columns, rows
+        from_below, from_right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+        return Reduced(_upright(image, orientation), by, rows if from_below else 0.0, columns if from_right else 0.0)
+
+    return Encoded(*((width, height) if orientation >= 5 else (height, width)), decode)
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, by: int) -> tuple[NDArray[np.uint8], int]:
+    """The picture by libjpeg-turbo, and what it was reduced by; raises ValueError."""
+    if by > 1:
+        # Of its scales, eighths, the smallest with at least so many pixels is taken: this one, unless the picture is tiny.
+        size = (-(-height // by), -(-width // by))
+        image = simplejpeg.decode_jpeg(data, "RGB", min_height=size[0], min_width=size[1])
+        if image.shape[:2] == size:
+            return image, by
+    return simplejpeg.decode_jpeg(data, "RGB"), 1
+
+
+def _orientation(data: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+            orientation = picture.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # as below
+        raise UnreadableSampleError(f"not a readable picture ({type(error).__name__}: {error})") from None
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _decode_by_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
             _check_size(picture.height, picture.width, max_pixels)
@@ -38,22 +128,6 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         raise UnreadableSampleError("not a readable picture (neither JPEG, PNG, WebP nor PNM)") from None
     except Exception as error:  # decoders raise a dozen types on damaged bytes, and each means the same
         raise UnreadableSampleError(f"not a readable picture ({type(error).__name__}: {error})") from None
-
-
-def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
-    """The picture by libjpeg-turbo, or None where Pillow has to judge: CMYK, or bytes that libjpeg-turbo objects to."""
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(int(height), int(width), max_pixels)
-        if colorspace not in ("YCbCr", "RGB", "Gray"):
-            return None
-        image = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
-        return None
-    if data.find(b"Exif\0\0", 0, _EXIF_WITHIN) < 0:
-        return image
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-        return _upright(image, picture.getexif().get(_ORIENTATION, 1))
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

@@ -48,10 +48,14 @@ class ShardFiles:
         return data[offset - first : offset - first + size]
 
     def again(self, shard: int, offset: int, size: int) -> bytes:
-        """The same bytes, asked for anew where they came by a range: a copy and a disk say the same twice."""
+        """The same bytes, asked for anew where they came by a range."""
         if self._file(shard) is None:
             self._range = None
         return self.read(shard, offset, size, around=(offset, offset + size))
+
+    def tries(self, shard: int) -> int:
+        """How often to ask for bytes that are not those of the index: a copy and a disk say the same twice, a server may not."""
+        return 2 if self._file(shard) is not None else self.remote.cfg.attempts
 
     def close(self) -> None:
         """Close every file."""

@@ -1,5 +1,6 @@
 """This file owns the decode workers: the processes that prepare batches, what ends them and what must not."""
 
+import math
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softmoe_train.data.batch import Batch, Broken
 from softmoe_train.data.places import ShardsError
@@ -23,8 +24,13 @@ class Decoding:
     max_broken: int
 
 
-def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding) -> Iterator[Batch]:
-    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies."""
+def load_batches(
+    batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding, *, grace: int = 0
+) -> Iterator[Batch]:
+    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies.
+
+    The first `grace` batches above it are still given: whoever takes them may end in good order.
+    """
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -36,16 +42,26 @@ def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: De
         generator=torch.Generator(),  # its own: the loader's seed must not advance the global one
     )
     broken: list[Broken] = []
+    above = 0
     try:
         for batch in loader:
             broken += batch.broken
-            if len(broken) > decoding.max_broken:
+            above += len(broken) > decoding.max_broken
+            if above > grace:
                 raise RuntimeError(_too_many(broken, decoding.max_broken))
             yield batch
     except ShardsError as error:  # raised in a worker, it comes with the worker's traceback in its text
         raise ShardsError(_last_line(error)) from None
     except (ConnectionError, EOFError) as error:  # a batch is fetched from its worker, and that one is gone
         raise RuntimeError("a decode worker ended unexpectedly: was it killed, for memory perhaps?") from error
+
+
+def shared_bytes(shape: tuple[int, ...]) -> torch.Tensor:
+    """A uint8 tensor of anything; in a decode worker it lies in shared memory, so that a batch is not copied on its way to the training process."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _too_many(broken: Sequence[Broken], limit: int) -> str:

@@ -27,7 +27,10 @@ def format_eta(seconds: float | None) -> str:
 
 
 def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta: float | None) -> str:
-    """One line such as `step  20/660  loss 1.2340  top1 0.3100  1,234 images/s  eta 0:00:12`."""
+    """One line such as `step  20/660  loss 1.2340  top1 0.3100  1,234 images/s  eta 0:00:12`.
+
+    `data 12 %` behind the rate is the part of the time that waited for data, from one percent on.
+    """
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, value in metrics.items():
         if name.partition("/")[0].removesuffix("_average") in SHOWN:
@@ -35,6 +38,9 @@ def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta
     rate = metrics.get("perf/images_per_second")
     if rate is not None:
         parts.append(f"{rate:>6,.0f} images/s")
+        waited = metrics.get("perf/data_share", 0.0)
+        if waited >= 0.01:
+            parts.append(f"data {100 * waited:.0f} %")
         parts.append(f"eta {format_eta(eta)}")
     return "  ".join(parts)
 

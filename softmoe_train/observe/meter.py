@@ -3,12 +3,17 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 GIB = 2**30
+STALL_SHARE, STALL_REPORTS = 0.1, 3
+_REMEDY = (
+    "raise data.workers as far as there are cores, or decode less by data.scaled_decode=true and data.train_transform.arithmetic=uint8; "
+    "softmoe bench stream tells what takes how long"
+)
 
 
 class Meter:
@@ -69,6 +74,31 @@ class Meter:
         self._images = 0
         self._data_seconds = 0.0
         self._paused_seconds = 0.0
+
+
+class StallWatch:
+    """Says once that steps wait for data, when they did in several reports in a row, and again when it has been well in between."""
+
+    def __init__(self) -> None:
+        self._stalled = 0
+        self._first = True  # its interval holds the start of the workers
+
+    def see(self, metrics: Mapping[str, float]) -> str | None:
+        """What to tell people after this report, if anything."""
+        share = metrics.get("perf/data_share")
+        if share is None:
+            return None
+        first, self._first = self._first, False
+        if first or share <= STALL_SHARE:
+            self._stalled = 0
+            return None
+        self._stalled += 1
+        if self._stalled != STALL_REPORTS:
+            return None
+        return (
+            f"steps wait for data: {100 * share:.0f} % of the time ({1e3 * metrics['perf/data_seconds']:.0f} ms a step), and in each of the last "
+            f"{STALL_REPORTS} reports more than {100 * STALL_SHARE:.0f} %; {_REMEDY}"
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

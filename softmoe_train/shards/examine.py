@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from softmoe_train.data.damage import damage_of, is_harmless, is_truncation
 from softmoe_train.data.decode import UnreadableSampleError, decode_image
 from softmoe_train.data.index import Samples, Shard, index_shards, samples_of, sum_of
-from softmoe_train.data.labels import classes_of
+from softmoe_train.data.labels import Labels
 from softmoe_train.data.probe import Header, probe
+from softmoe_train.data.records import LabelKind
 from softmoe_train.shards.findings import Finding
 from softmoe_train.shards.spread import Spread
 
@@ -48,7 +49,7 @@ class Examined(NamedTuple):
 class Examine:
     """How to look through shards; sent to worker processes."""
 
-    labels: str
+    labels: LabelKind
     num_classes: int
     max_pixels: int
 
@@ -146,7 +147,8 @@ class _Looking:
 
     def _look_at_label(self, key: str, label: bytes) -> None:
         try:
-            self.classes.update(classes_of(label, labels=self._how.labels, num_classes=self._how.num_classes))
+            labels = Labels(self._how.labels, None, None, None, self._how.num_classes)
+            self.classes.update(labels.classes_of(label))
         except UnreadableSampleError as error:
             kind = "label out of range" if "is outside" in str(error) else "label malformed"
             self._find(kind, key, str(error))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softmoe_train.data.decode import UnreadableSampleError, decode_image
+from softmoe_train.data.decode import UnreadableSampleError, decode_image, open_image
 from tests.unit.data.conftest import encoded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
@@ -148,3 +148,82 @@ def test_damaged_bytes_are_decoded_or_refused_and_nothing_else() -> None:
             damaged[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
             with contextlib.suppress(UnreadableSampleError):
                 decode(damaged.tobytes())
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    """Waves of many pixels: what is left of them at an eighth of the size is known from their formula."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    return np.stack([128 + 100 * np.sin(x / 40 + c) * np.cos(y / 50 - c) for c in range(3)], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("by", [1, 2, 4, 8])
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (481, 643), (333, 500)])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+def test_a_reduced_jpeg_is_the_mean_of_blocks_of_the_whole_one(
+    by: int, height: int, width: int, subsampling: str
+) -> None:
+    data = encoded(photograph(height, width), "JPEG", quality=95, subsampling=subsampling)
+    reduced = open_image(data, max_pixels=10**6).reduced(by)
+    assert reduced.by == by
+    assert reduced.pixels.shape == (-(-height // by), -(-width // by), 3)
+    whole = decode(data, 10**6).astype(float)[: height // by * by, : width // by * by]
+    means = whole.reshape(height // by, by, width // by, by, 3).mean((1, 3))
+    assert np.abs(reduced.pixels[: height // by, : width // by] - means).max() < 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_picture_says_where_its_upright_edges_are(orientation: int) -> None:
+    upright = photograph(483, 645)
+    inverse = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's Transpose for each orientation
+    stored = Image.fromarray(upright)
+    if inverse > 1:
+        stored = stored.transpose(Image.Transpose(turns[inverse]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = open_image(saved(stored, "JPEG", quality=95, exif=exif), max_pixels=10**6)
+    assert (picture.height, picture.width) == (483, 645)
+    reduced = picture.reduced(4)
+    y, x = np.mgrid[:120, :160]
+    # A reduced pixel's centre in pixels of the whole picture.
+    y, x = (y + 1 + 0.5 - reduced.above) * 4, (x + 1 + 0.5 - reduced.left) * 4
+    truth = 128 + 100 * np.sin(x / 40) * np.cos(y / 50)
+    error = (reduced.pixels[1:121, 1:161, 0] - truth)[:118, :158]
+    assert np.abs(error).max() < 5
+    # A shift by a single pixel of the whole picture would show.
+    assert np.abs(128 + 100 * np.sin((x + 1) / 40) * np.cos(y / 50) - truth).max() > 2
+    assert np.abs(error.mean()) < 1
+
+
+def test_what_cannot_be_reduced_comes_whole() -> None:
+    pixels = photograph(96, 64)
+    for data in (
+        encoded(pixels, "PNG"),
+        encoded(pixels, "WEBP", lossless=True),
+        saved(Image.fromarray(pixels).convert("CMYK"), "JPEG"),
+    ):
+        reduced = open_image(data, max_pixels=10_000).reduced(4)
+        assert (reduced.by, reduced.pixels.shape) == (1, (96, 64, 3))
+    tiny = open_image(encoded(pixels[:1, :1], "JPEG"), max_pixels=10).reduced(8)
+    assert tiny.pixels.shape == (1, 1, 3)
+
+
+def test_a_gray_jpeg_is_reduced_too() -> None:
+    data = encoded(photograph(96, 64)[..., 0], "JPEG", quality=95)
+    reduced = open_image(data, max_pixels=10_000).reduced(2)
+    assert (reduced.by, reduced.pixels.shape) == (2, (48, 32, 3))
+
+
+def test_a_jpeg_cut_in_the_middle_is_refused_at_any_size() -> None:
+    data = encoded(photograph(480, 640), "JPEG")
+    for by in (1, 2, 8):
+        with pytest.raises(UnreadableSampleError, match="truncated"):
+            open_image(data[: len(data) // 2], max_pixels=10**6).reduced(by)
+
+
+def test_a_jpeg_whose_exif_pillow_cannot_read_is_refused_with_a_reason() -> None:
+    data = encoded(photograph(64, 64), "JPEG")
+    block = b"Exif\0\0II*\0" + b"\xff" * 40
+    broken = data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
+    with contextlib.suppress(UnreadableSampleError):  # or it is taken as it lies
+        assert decode(broken).shape == (64, 64, 3)

@@ -18,7 +18,14 @@ from tests.unit.data.test_synthetic import settings as synthetic
 from tests.unit.data.test_synthetic import train
 
 INCEPTION = InceptionCrop(
-    kind="inception_crop", min_area=0.05, max_area=1.0, min_aspect=0.75, max_aspect=1.33, antialias=False, flip=True
+    kind="inception_crop",
+    min_area=0.05,
+    max_area=1.0,
+    min_aspect=0.75,
+    max_aspect=1.33,
+    antialias=False,
+    flip=True,
+    arithmetic="float32",
 )
 
 

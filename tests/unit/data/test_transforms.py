@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from softmoe_train.data.decode import Encoded, Reduced, decoded, open_image
 from softmoe_train.data.keyed import Draws
-from softmoe_train.data.records import InceptionCrop, PaddedCrop, Resize, ResizeCentralCrop
+from softmoe_train.data.records import InceptionCrop, PaddedCrop, Resize, ResizeCentralCrop, TransformConfig
 from softmoe_train.data.transforms import (
     build_transform,
     check_transform,
@@ -14,15 +15,30 @@ from softmoe_train.data.transforms import (
     resize_small_and_crop,
     sample_crop,
 )
+from tests.unit.data.conftest import encoded
 
 INCEPTION = InceptionCrop(
-    kind="inception_crop", min_area=0.05, max_area=1.0, min_aspect=0.75, max_aspect=1.33, antialias=False, flip=True
+    kind="inception_crop",
+    min_area=0.05,
+    max_area=1.0,
+    min_aspect=0.75,
+    max_aspect=1.33,
+    antialias=False,
+    flip=True,
+    arithmetic="float32",
 )
 PADDED = PaddedCrop(kind="padded_crop", padding=4, antialias=True, flip=True)
 
 
 def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def transformed(cfg: TransformConfig, side: int, image: np.ndarray, draws: Draws) -> np.ndarray:
+    """What the transform makes of the picture, as S x S x 3."""
+    out = np.empty((3, side, side), np.uint8)
+    build_transform(cfg, side)(decoded(image), draws, out)
+    return out.transpose(1, 2, 0)
 
 
 def draws(sample: int, seed: int = 0) -> Draws:
@@ -73,7 +89,7 @@ def test_a_picture_of_the_wanted_size_stays_exactly_as_it_is() -> None:
         Resize(kind="resize", resize=None, antialias=False),
         ResizeCentralCrop(kind="resize_central_crop", resize=32),
     ):
-        assert np.array_equal(build_transform(cfg, 32)(image, draws(0)), image)
+        assert np.array_equal(transformed(cfg, 32, image, draws(0)), image)
 
 
 @pytest.mark.parametrize(("height", "width", "small", "side"), [(12, 18, 6, 6), (12, 18, 6, 4), (42, 24, 8, 8)])
@@ -103,7 +119,7 @@ def test_area_resize_by_any_factor_is_the_mean_over_the_covered_area(height, wid
 
 def test_a_square_resize_ignores_the_aspect_and_crops_the_centre() -> None:
     image = noise(40, 20)
-    result = build_transform(Resize(kind="resize", resize=12, antialias=False), 8)(image, draws(0))
+    result = transformed(Resize(kind="resize", resize=12, antialias=False), 8, image, draws(0))
     assert np.array_equal(result, resize_bilinear(image, 12, antialias=False)[2:10, 2:10])
 
 
@@ -138,24 +154,24 @@ def test_a_padded_crop_is_a_shifted_and_maybe_mirrored_picture_on_black() -> Non
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     shifted = [padded[y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
     possible = {one.tobytes() for one in shifted} | {one[:, ::-1].tobytes() for one in shifted}
-    seen = {np.ascontiguousarray(build_transform(PADDED, 32)(image, draws(g))).tobytes() for g in range(2000)}
+    seen = {np.ascontiguousarray(transformed(PADDED, 32, image, draws(g))).tobytes() for g in range(2000)}
     assert seen == possible
 
 
 def test_half_of_the_pictures_are_mirrored() -> None:
     image = noise(8, 8)
-    transform = build_transform(PADDED.model_copy(update={"padding": 0}), 8)
-    kept = sum(np.array_equal(transform(image, draws(g)), image) for g in range(1000))
+    cfg = PADDED.model_copy(update={"padding": 0})
+    kept = sum(np.array_equal(transformed(cfg, 8, image, draws(g)), image) for g in range(1000))
     assert abs(kept - 500) < 5 * 16  # standard deviation 15.8
 
 
 @pytest.mark.parametrize("cfg", [INCEPTION, PADDED])
 def test_what_is_done_depends_on_seed_and_sample_alone(cfg) -> None:
-    image, transform = noise(50, 40), build_transform(cfg, 16)
-    first = transform(image, draws(5, seed=1))
-    assert np.array_equal(transform(image, draws(5, seed=1)), first)
-    assert not np.array_equal(transform(image, draws(6, seed=1)), first)
-    assert not np.array_equal(transform(image, draws(5, seed=2)), first)
+    image = noise(50, 40)
+    first = transformed(cfg, 16, image, draws(5, seed=1))
+    assert np.array_equal(transformed(cfg, 16, image, draws(5, seed=1)), first)
+    assert not np.array_equal(transformed(cfg, 16, image, draws(6, seed=1)), first)
+    assert not np.array_equal(transformed(cfg, 16, image, draws(5, seed=2)), first)
 
 
 def test_a_resize_below_the_image_size_is_refused_with_its_key() -> None:
@@ -171,3 +187,61 @@ def test_a_resize_below_the_image_size_is_refused_with_its_key() -> None:
 def test_crossed_bounds_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"min_area=0\.5 is above max_area=0\.25"):
         InceptionCrop.model_validate({**INCEPTION.model_dump(), "min_area": 0.5, "max_area": 0.25})
+
+
+SCALES = [(1, 300, 310), (1, 447, 500), (2, 448, 460), (2, 700, 448), (4, 900, 896), (8, 1800, 2000)]
+
+
+@pytest.mark.parametrize(("by", "height", "width"), SCALES)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_the_crop_enough_pixels(by, height, width) -> None:
+    asked = []
+
+    def decode(by: int) -> Reduced:
+        asked.append(by)
+        return Reduced(np.zeros((-(-height // by), -(-width // by), 3), np.uint8), by, 0.0, 0.0)
+
+    cfg = INCEPTION.model_copy(update={"min_area": 1.0, "min_aspect": width / height, "max_aspect": width / height})
+    build_transform(cfg, 224, scaled=True)(Encoded(height, width, decode), draws(0), np.empty((3, 224, 224), np.uint8))
+    assert asked == [by]
+    for other in (
+        cfg.model_copy(update={"antialias": True}),
+        PADDED,
+        Resize(kind="resize", resize=None, antialias=False),
+    ):
+        asked.clear()
+        build_transform(other, 224, scaled=True)(
+            Encoded(height, width, decode), draws(0), np.empty((3, 224, 224), np.uint8)
+        )
+        assert asked == [1]
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "uint8"])
+def test_a_crop_of_a_reduced_picture_is_not_shifted(arithmetic: str) -> None:
+    height, width, side = 1203, 1605, 64
+    y, x = np.mgrid[:height, :width] + 0.5
+    waves = np.stack([128 + 100 * np.sin(x / 60 + c) * np.cos(y / 70 - c) for c in range(3)], -1)
+    picture = open_image(encoded(waves.astype(np.uint8), "JPEG", quality=95), max_pixels=10**7)
+    cfg = INCEPTION.model_copy(update={"arithmetic": arithmetic})
+    out = np.empty((3, side, side), np.uint8)
+    for sample in range(12):
+        build_transform(cfg, side, scaled=True)(picture, draws(sample), out)
+        own = draws(sample)
+        top, left, crop_height, crop_width = sample_crop(height, width, cfg, own)
+        columns = left + (np.arange(side) + 0.5) * crop_width / side
+        rows = top + (np.arange(side)[:, None] + 0.5) * crop_height / side
+        columns = columns[::-1] if own.uniform() < 0.5 else columns
+        truth = 128 + 100 * np.sin(columns / 60) * np.cos(rows / 70)
+        inside = (out[0] - truth)[2:-2, 2:-2]  # at an edge the last pixel is repeated
+        assert np.abs(inside).max() < 6
+        assert np.abs(inside.mean()) < 1.2  # truncated twice
+        slope = (100 / 60) * np.cos(columns / 60) * np.cos(rows / 70)  # levels a pixel along the width
+        shift = (inside * slope[2:-2, 2:-2]).sum() / (slope[2:-2, 2:-2] ** 2).sum()
+        assert abs(shift) < 0.25, "pixels of the whole picture, of which a result pixel covers 4 or more"
+
+
+def test_integer_arithmetic_is_float32_rounded_to_the_nearest_level_within_one() -> None:
+    image = noise(150, 190)
+    exact = transformed(INCEPTION, 64, image, draws(3)).astype(int)
+    rounded = transformed(INCEPTION.model_copy(update={"arithmetic": "uint8"}), 64, image, draws(3)).astype(int)
+    assert set(np.unique(rounded - exact)) <= {-1, 0, 1, 2}
+    assert 0.4 < (rounded - exact).mean() < 0.6

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from softmoe_train.observe.meter import GIB, Meter, peak_memory_bytes
+from softmoe_train.observe.meter import GIB, Meter, StallWatch, peak_memory_bytes
 
 
 class Clock:
@@ -72,3 +72,33 @@ def test_peak_memory_on_a_gpu_is_what_torch_allocated() -> None:
     before = torch.cuda.memory_allocated(device)
     torch.empty(2**28, dtype=torch.uint8, device=device)
     assert peak_memory_bytes(device) == before + 2**28
+
+
+def told(*shares: float | None) -> list[bool]:
+    watch = StallWatch()
+    reports = [{} if share is None else {"perf/data_share": share, "perf/data_seconds": 0.5} for share in shares]
+    return [watch.see(report) is not None for report in reports]
+
+
+def test_three_reports_in_a_row_that_wait_for_data_are_told_once() -> None:
+    assert told(0.9, 0.2, 0.2, 0.2, 0.2, 0.2) == [False, False, False, True, False, False]
+    assert told(0.9, 0.2, 0.2, 0.1, 0.2, 0.2) == [False] * 6
+    assert told(0.0, 0.2, 0.2, None, 0.2, 0.0, 0.3, 0.3, 0.3) == [
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_stall_is_told_in_plain_words_with_the_remedy() -> None:
+    watch = StallWatch()
+    [text] = [t for _ in range(4) if (t := watch.see({"perf/data_share": 0.34, "perf/data_seconds": 0.12}))]
+    assert text.startswith(
+        "steps wait for data: 34 % of the time (120 ms a step), and in each of the last 3 reports more than 10 %; raise data.workers"
+    )
