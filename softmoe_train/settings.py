@@ -121,7 +121,7 @@ class RunConfig(Record):
 SHAPING = {"parallel.exchange_dtype"}
 FREE = {
     "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "device", "compile",
-    "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.workers",
+    "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.cache", "data.workers",
     "data.prefetch", "data.max_broken",
 }  # fmt: skip
 # Shards may be moved: what they hold is in the stream's fingerprint.

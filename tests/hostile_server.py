@@ -64,6 +64,7 @@ class HostileServer:
 class _Handler(BaseHTTPRequestHandler):
     hostile: HostileServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass

@@ -1,11 +1,13 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
 from softmoe_train.data.batch import ImageStream
-from softmoe_train.data.index import Shard, index_shards
+from softmoe_train.data.catalog import Catalog
+from softmoe_train.data.index import Shard
 from softmoe_train.data.mixup import Mixup
-from softmoe_train.data.places import expand_shards
+from softmoe_train.data.places import check_places
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
+from softmoe_train.data.remote import Remote
 from softmoe_train.data.sources import NamedSpec, build_training, check_mixture, indexed, training_specs
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
@@ -20,12 +22,15 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
     """
     if isinstance(cfg, SyntheticConfig):
         return []
-    specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
-    paths = [path for key, spec in specs for path in expand_shards(spec, key=key)]
-    problems = []
+    catalog, paths, problems = Catalog(Remote(cfg.cache)), list[str](), []
+    for key, spec in [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]:
+        try:
+            paths += catalog.paths(spec, key=key)
+        except ValueError as error:
+            problems.append(str(error))
     for path in list(dict.fromkeys(paths))[part::parts]:
         try:
-            list(index_shards([path]))
+            list(catalog.shards([path], fresh=True))
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -47,10 +52,11 @@ def build_stream(
             for problem in check_mixture(cfg):
                 raise ValueError(problem)
             _check_transform(cfg.train_transform, image_size, "data.train_transform")
-            shards, order, facts = build_training(cfg, seed)
+            catalog = Catalog(Remote(cfg.cache))
+            shards, order, facts = build_training(cfg, catalog, seed)
             scaled = cfg.scaled_decode and may_scale(cfg.train_transform)
             pictures = Pictures(
-                _reader(cfg, shards, num_classes),
+                _reader(cfg, catalog, shards, num_classes),
                 build_transform(cfg.train_transform, image_size, scaled=scaled),
                 image_size,
                 seed,
@@ -71,7 +77,8 @@ def build_eval_stream(
             return SyntheticEvalStream(pictures, batch_size=batch_size, rank=rank, world=world)
         case WebDatasetConfig():
             _check_transform(cfg.test_transform, image_size, "data.test_transform")
-            reader = _reader(cfg, indexed(NamedSpec("data.test", cfg.test)), num_classes)
+            catalog = Catalog(Remote(cfg.cache))
+            reader = _reader(cfg, catalog, indexed(NamedSpec("data.test", cfg.test), catalog), num_classes)
             pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None, False)
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
@@ -86,7 +93,7 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
     wanted = [NamedSpec("data.test", cfg.test)] if needs_test or cfg.test is not None else []
     for key, spec in [*training_specs(cfg), *wanted]:
         try:
-            expand_shards(spec, key=key)
+            check_places(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
     problems += check_transform(cfg.train_transform, image_size, key="data.train_transform")
@@ -98,8 +105,8 @@ def _check_transform(transform: TransformConfig, image_size: int, key: str) -> N
         raise ValueError(problem)
 
 
-def _reader(cfg: WebDatasetConfig, shards: list[Shard], num_classes: int) -> SampleReader:
-    return SampleReader(shards, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
+def _reader(cfg: WebDatasetConfig, catalog: Catalog, shards: list[Shard], num_classes: int) -> SampleReader:
+    return SampleReader(shards, catalog, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
 
 
 def check_streams(streams: int, global_batch: int, world: int) -> list[str]:

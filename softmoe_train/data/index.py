@@ -30,6 +30,8 @@ from safetensors.torch import save_file
 from webdataset.tariterators import group_by_keys
 from xxhash import xxh3_64
 
+from softmoe_train.data.places import ShardsError
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pnm")
 # What a sample may consist of, by the suffixes of its members, the first of which counts.
 PARTS = {"image": IMAGE_SUFFIXES, "cls": ("cls",), "json": ("json",), "txt": ("txt",)}
@@ -94,7 +96,7 @@ def samples_of(shard: Shard) -> Samples:
     """What `shard` holds; raises ValueError where the file has changed since `shard` was made."""
     now, samples = _load(shard.path, with_samples=True)
     if now != shard or samples is None:
-        raise ValueError(
+        raise ShardsError(
             f"{shard.path} has changed since this run indexed it: shards must stay as they are; start again."
         )
     return samples
@@ -108,9 +110,14 @@ def data_hash(shards: list[Shard]) -> str:
 
 def _load(path: str, *, with_samples: bool) -> tuple[Shard, Samples | None]:
     """The shard and, if wanted, its samples: from the cache, or else made now and cached."""
-    facts = os.stat(path)
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise ShardsError(
+            f"{path} cannot be read ({error.strerror}): shards must stay where they are; bring it back and start again."
+        ) from None
     if not stat.S_ISREG(facts.st_mode):
-        raise ValueError(f"{path} is not a regular file: a shard is a tar file; name another.")
+        raise ShardsError(f"{path} is not a regular file: a shard is a tar file; name another.")
     name = json.dumps([_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns])
     cached = index_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
     try:
@@ -139,10 +146,12 @@ def index_folder() -> Path:
         folder = folder.expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        raise ValueError(f"{folder} cannot be made ({error}), and the shard indexes are kept there: {remedy}") from None
+        raise ShardsError(
+            f"{folder} cannot be made ({error}), and the shard indexes are kept there: {remedy}"
+        ) from None
     facts = folder.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise ValueError(f"{folder} can be written by others, and what it says of shards is trusted: {remedy}")
+        raise ShardsError(f"{folder} can be written by others, and what it says of shards is trusted: {remedy}")
     return folder
 
 
@@ -170,7 +179,7 @@ def make_index(path: str, facts: os.stat_result, *, opened: int | None = None) -
             digest = reading.finish()
     except (tarfile.TarError, ValueError, EOFError, OverflowError, LookupError) as error:
         reason = error.args[0] if error.args else error  # webdataset appends arguments of its own
-        raise ValueError(
+        raise ShardsError(
             f"{path} is not a whole, uncompressed tar of samples ({reason}): copy or write it again."
         ) from None
     return Shard(path, len(groups), digest, facts.st_size, facts.st_mtime_ns), _as_tensors(groups)

@@ -52,6 +52,17 @@ class Mixture:
         """P: how many samples of a stream hold each source exactly as often as its weight says."""
         return int(self.ends[-1])
 
+    @property
+    def window(self) -> int:
+        """About how many samples of a stream are shuffled among each other."""
+        return sum(order.window for order in self.orders)
+
+    def share_of(self, shard: int, g: int, streams: range) -> float:
+        """The part of a shard's samples that consecutive `streams` give in the epoch that its source is in at sample `g`."""
+        source = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
+        own = g // self.streams // self.places * int(self.weights[source]) * self.streams
+        return self.orders[source].share_of(shard - int(self._first_shard[source]), own, streams)
+
     def own(self, g: I64) -> tuple[I64, I64]:
         """(source, the source's own sample) of the global samples `g`."""
         g = np.asarray(g, np.int64)

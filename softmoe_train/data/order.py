@@ -72,6 +72,14 @@ class Order:
         others = (first + (g - first + step) % self.total for step in range(1, self.total))
         yield from islice((other for other in others if (other - g) % self.streams), max(0, most - len(own)))
 
+    def share_of(self, shard: int, g: int, streams: range) -> float:
+        """The part of a shard's samples that `streams`, which are consecutive, give in the epoch of sample `g`."""
+        shards, starts, slices = self._epoch(g // self.total)
+        count = int(self.counts[shard])
+        start = int(starts[np.flatnonzero(shards == shard)[0]])
+        ours = min(start + count, int(slices[streams.stop])) - max(start, int(slices[streams.start]))
+        return max(0, ours) / max(1, count)
+
     def _slice(self, g: int) -> tuple[int, int]:
         """(the first, how many) of the global samples of g's stream in g's epoch."""
         first, stream = g // self.total * self.total, g % self.streams

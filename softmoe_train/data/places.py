@@ -104,8 +104,8 @@ def _urls(spec: str, key: str) -> list[str]:
 
 def _url_problem(kind: str, rest: str) -> str | None:
     where, _, path = rest.partition("/")
-    if not where or set(where) & set("{}*") or not path:
-        return f"it names no {'host and folder' if kind.startswith('http') else 'bucket and folder'}; write it as {_EXAMPLE}"
+    if not where or set(where) & set("{}*"):
+        return f"it names no {'host' if kind.startswith('http') else 'bucket'}; write it as {_EXAMPLE}"
     if "\\" in rest or ".." in path.split("/"):
         return "a URL here has no .. and no backslash; write the place itself"
     if "[" in path or "]" in path:

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 
 from softmoe_train.config import Record
 from softmoe_train.data.index import PARTS, Samples, Shard, samples_of
+from softmoe_train.data.places import ShardsError
 
 INDEX = "index.json"
 SUFFIX = ".index.safetensors"  # after the name of a tar
@@ -79,12 +80,12 @@ def publish_index(shards: Sequence[Shard], folder: str) -> str:
                 index_sha256=hashlib.sha256(data).hexdigest(),
             )
         except ValidationError as error:
-            raise ValueError(f"{shard.path} cannot be published: {_first(error)}; rename it.") from None
+            raise ShardsError(f"{shard.path} cannot be published: {_first(error)}; rename it.") from None
         entries.append(entry)
         _write_whole(Path(folder, name + SUFFIX), data)
     twice = _twice([entry.name for entry in entries])
     if twice is not None:
-        raise ValueError(f"two shards are named {twice}: an index lists a folder, so names must differ; rename one.")
+        raise ShardsError(f"two shards are named {twice}: an index lists a folder, so names must differ; rename one.")
     published = _Published(format=1, shards=sorted(entries, key=lambda entry: entry.name))
     lines = ",\n".join(json.dumps(entry.model_dump()) for entry in published.shards)
     path = Path(folder, INDEX)
@@ -97,13 +98,13 @@ def parse_index(data: bytes, origin: str) -> dict[str, Entry]:
     try:
         entries = _Published.model_validate_json(data).shards
     except ValidationError as error:
-        raise ValueError(f"{origin} is no index of shards ({_first(error)}): {_REMEDY}") from None
+        raise ShardsError(f"{origin} is no index of shards ({_first(error)}): {_REMEDY}") from None
     twice = _twice([entry.name for entry in entries])
     if twice is not None:
-        raise ValueError(f"{origin} lists {twice} twice: {_REMEDY}")
+        raise ShardsError(f"{origin} lists {twice} twice: {_REMEDY}")
     for entry in entries:
         if entry.count * 512 > entry.size or entry.index_size > entry.size + _SLACK:
-            raise ValueError(f"{origin}: {entry.name} of {entry.size} bytes cannot hold what it says: {_REMEDY}")
+            raise ShardsError(f"{origin}: {entry.name} of {entry.size} bytes cannot hold what it says: {_REMEDY}")
     return {entry.name: entry for entry in entries}
 
 
@@ -115,7 +116,7 @@ def unpack(data: bytes, shard: Shard, origin: str) -> Samples:
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
-        raise ValueError(f"{origin} is no index of {os.path.basename(shard.path)} ({problem}): {_REMEDY}")
+        raise ShardsError(f"{origin} is no index of {os.path.basename(shard.path)} ({problem}): {_REMEDY}")
     return Samples(tensors)
 
 

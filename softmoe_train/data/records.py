@@ -77,6 +77,16 @@ class RandAugment(Record):
     magnitude: Annotated[float, Field(ge=0, le=20)]  # above 20 the released Posterize would need more than 8 bits
 
 
+class CacheConfig(Record):
+    """How shards at URLs are read: where this node keeps copies, how many, and with how much patience."""
+
+    folder: str | None  # null: softmoe_train/shards under XDG_CACHE_HOME, or ~/.cache
+    max_gib: Annotated[float, Field(ge=0)]  # 0 keeps none: every sample is read by itself
+    prefetch: Count  # shards that are fetched before they are needed
+    attempts: PositiveInt
+    timeout: Positive  # seconds
+
+
 class SourceConfig(Record):
     """One of several sources of training samples: `weight` of every P samples, P the sum of all sources' weights."""
 
@@ -92,6 +102,7 @@ class WebDatasetConfig(Record):
     train: ShardSpec | None
     mixture: dict[str, SourceConfig] | None  # in place of train: sources by name
     test: ShardSpec | None
+    cache: CacheConfig
     streams: PositiveInt
     shuffle_window: PositiveInt  # samples
     block: PositiveInt  # samples of one contiguous run of tars

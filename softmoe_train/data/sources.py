@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from softmoe_train.data.index import Shard, data_hash, index_shards
+from softmoe_train.data.catalog import Catalog
+from softmoe_train.data.index import Shard, data_hash
 from softmoe_train.data.mixture import MOST_PLACES, Mixture, reduced, source_seed
 from softmoe_train.data.order import Order
-from softmoe_train.data.places import expand_shards
 from softmoe_train.data.records import ShardSpec, WebDatasetConfig
 
 
@@ -55,9 +55,9 @@ def check_mixture(cfg: WebDatasetConfig) -> list[str]:
     return problems
 
 
-def build_training(cfg: WebDatasetConfig, seed: int) -> Training:
+def build_training(cfg: WebDatasetConfig, catalog: Catalog, seed: int) -> Training:
     """Index the training shards and lay down their order; raises ValueError where a source holds no sample."""
-    sources = [list(indexed(spec)) for spec in training_specs(cfg)]
+    sources = [indexed(spec, catalog) for spec in training_specs(cfg)]
     shards = [shard for source in sources for shard in source]
     facts: dict[str, object] = {
         "streams": cfg.streams,
@@ -78,9 +78,9 @@ def build_training(cfg: WebDatasetConfig, seed: int) -> Training:
     return Training(shards, mixture, {"mixture": told, **facts})
 
 
-def indexed(named: NamedSpec) -> list[Shard]:
+def indexed(named: NamedSpec, catalog: Catalog) -> list[Shard]:
     """The shards that a key names; raises ValueError where they hold no sample."""
-    shards = list(index_shards(expand_shards(named.spec, key=named.key)))
+    shards = list(catalog.shards(catalog.paths(named.spec, key=named.key), fresh=False))
     if not sum(shard.count for shard in shards):
         raise ValueError(
             f"{named.key}={named.spec} names {len(shards)} shards without a single sample: name shards that hold pictures."

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from softmoe_train.data.ahead import Ahead
 from softmoe_train.data.batch import Batch, Broken, Cursor, StoredSample
 from softmoe_train.data.decode import UnreadableSampleError
 from softmoe_train.data.keyed import Draws
@@ -27,6 +28,7 @@ from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches, shared_bytes
 
 _AHEAD, _AHEAD_ROWS = 32, 1 << 13  # batches, and their rows in all, that are located together
+_WORTH_KEEPING = 1 / 8  # of a shard's samples, below which ranges of it are read where it is not in the cache
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
 
@@ -103,8 +105,25 @@ class TrainBatches(Dataset[Batch]):
         self._ahead: dict[int, Location] = {}
         self._last: int | None = None
         self._batches_ahead = 1
+        files, shards = pictures.reader.files, pictures.reader.shards
+        ahead = 2 * order.window * order.streams  # samples
+        self.ahead = Ahead(files, shards, self.shards_at, step=share.global_batch, horizon=ahead)
+        self.position = 0
+        files.worth_keeping = self.is_worth_keeping
+
+    def shards_at(self, position: int) -> list[int]:
+        """The shards that this rank's part of the batch at `position` is read from."""
+        return np.unique(self.order.locate(self.share.rows(position)).shard).tolist()
+
+    def is_worth_keeping(self, shard: int) -> bool:
+        """Whether this rank reads enough of a shard, in the epoch it is in, to have all of it fetched."""
+        first = self.share.rank * self.share.apart
+        streams = range(first, first + self.share.apart)
+        return self.order.share_of(shard, self.position, streams) >= _WORTH_KEEPING
 
     def __getitem__(self, position: int) -> Batch:
+        self.position = position
+        self.ahead.reached(position)
         rows = self.share.rows(position)
         where = self.located(position)
         images, labels = self.pictures.empty(len(rows))
@@ -238,11 +257,20 @@ class _EvalBatches(Dataset[Batch]):
     def __init__(self, pictures: Pictures, rank_batch: int, rank: int, world: int) -> None:
         self.pictures, self.rank_batch, self.rank, self.world = pictures, rank_batch, rank, world
         self.ends = np.cumsum([shard.count for shard in pictures.reader.shards])
+        reader = pictures.reader
+        self.ahead = Ahead(reader.files, reader.shards, self.shards_at, step=1, horizon=len(self))
+
+    def shards_at(self, step: int) -> list[int]:
+        """The shards that this rank's batch `step` is read from."""
+        start = (step * self.world + self.rank) * self.rank_batch
+        numbers = np.arange(start, min(start + self.rank_batch, int(self.ends[-1])))
+        return np.unique(np.searchsorted(self.ends, numbers, side="right")).tolist()
 
     def __len__(self) -> int:
         return (int(self.ends[-1]) - 1) // (self.rank_batch * self.world) + 1
 
     def __getitem__(self, step: int) -> Batch:
+        self.ahead.reached(step)
         start = (step * self.world + self.rank) * self.rank_batch
         images, labels = self.pictures.empty(self.rank_batch)
         images.zero_()  # where there is no picture it is black

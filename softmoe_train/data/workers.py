@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softmoe_train.data.batch import Batch, Broken
+from softmoe_train.data.places import ShardsError
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: De
             if len(broken) > decoding.max_broken:
                 raise RuntimeError(_too_many(broken, decoding.max_broken))
             yield batch
+    except ShardsError as error:  # raised in a worker, it comes with the worker's traceback in its text
+        raise ShardsError(_last_line(error)) from None
     except (ConnectionError, EOFError) as error:  # a batch is fetched from its worker, and that one is gone
         raise RuntimeError("a decode worker ended unexpectedly: was it killed, for memory perhaps?") from error
 
@@ -60,6 +63,12 @@ def _too_many(broken: Sequence[Broken], limit: int) -> str:
         f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
         "repair the shards, correct the setting that a reason names, or raise data.max_broken if their loss does not matter."
     )
+
+
+def _last_line(error: ShardsError) -> str:
+    """What an error says, without the traceback that a worker puts before it."""
+    said = str(error).strip().splitlines()[-1]
+    return said.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
 def _as_it_is(batch: Any) -> Batch:

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from softmoe_train.data import SyntheticConfig
-from softmoe_train.data.index import index_shards
-from softmoe_train.data.places import expand_shards
+from softmoe_train.data.catalog import Catalog
+from softmoe_train.data.remote import Remote
 from softmoe_train.data.sources import training_specs
 from softmoe_train.settings import RunConfig
 
@@ -29,7 +29,8 @@ def epoch_of(config: RunConfig) -> Epoch:
     if data.train is None and data.mixture is None:
         return Epoch(None, None, "data.train is not given")
     try:
-        paths = [path for key, spec in training_specs(data) for path in expand_shards(spec, key=key)]
-        return Epoch(len(paths), sum(shard.count for shard in index_shards(paths)), None)
+        catalog = Catalog(Remote(data.cache))
+        paths = [path for key, spec in training_specs(data) for path in catalog.paths(spec, key=key)]
+        return Epoch(len(paths), sum(shard.count for shard in catalog.shards(paths, fresh=True)), None)
     except ValueError as error:
         return Epoch(None, None, str(error))

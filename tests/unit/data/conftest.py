@@ -82,6 +82,9 @@ def numbered_shards(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+CACHE = {"folder": None, "max_gib": 1.0, "prefetch": 2, "attempts": 3, "timeout": 2.0}
+
+
 def settings(**changes: object) -> WebDatasetConfig:
     """A plain configuration for small pictures without augmentation, with `changes`."""
     plain = Resize(kind="resize", resize=None, antialias=True)
@@ -90,6 +93,7 @@ def settings(**changes: object) -> WebDatasetConfig:
         "train": None,
         "mixture": None,
         "test": None,
+        "cache": CACHE,
         "streams": 4,
         "shuffle_window": 8,
         "block": 4,

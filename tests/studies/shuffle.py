@@ -1,0 +1,72 @@
+"""How far apart a shuffle sets the neighbours of a shard, for windows, blocks and streams.
+
+    python -m tests.studies.shuffle samples=1281167 shards=1281 batch=1024
+
+Without a word those of ImageNet-1k in shards of 1,000. Nothing is read: the order is arithmetic. For each setting it prints, of neighbours in a
+shard, the median distance in the sequence in batches, and the part that comes within one batch; and of a batch, from how many shards it is,
+beside a full shuffle of all samples.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from softmoe_train.data.order import Order
+from tests.studies.options import options_of
+
+SETTINGS = [  # streams, shuffle_window, block
+    (256, 1, 512), (256, 512, 512), (256, 4096, 512), (256, 4096, 64), (256, 4096, 8), (16, 4096, 512), (16, 16384, 512), (16, 4096, 64),
+]  # fmt: skip
+
+
+class Spread(NamedTuple):
+    """What a shuffle does to neighbours of a shard, and to a batch."""
+
+    median: float  # batches between two neighbours
+    within: float  # the part of neighbours that one batch holds
+    shards: float  # of a batch, on average
+
+
+def spread_of(order: Order, batch: int) -> Spread:
+    """Measured over one epoch."""
+    where = order.locate(np.arange(order.total))
+    begins = np.cumsum(order.counts) - order.counts
+    place = begins[where.shard] + where.index
+    when = np.empty(order.total, np.int64)
+    when[place] = np.arange(order.total)
+    inside = np.diff(np.repeat(np.arange(len(order.counts)), order.counts)) == 0
+    apart = np.abs(np.diff(when))[inside]
+    batches = where.shard[: order.total // batch * batch].reshape(-1, batch)
+    shards = np.mean([len(np.unique(one)) for one in batches[:: max(1, len(batches) // 100)]])
+    return Spread(float(np.median(apart)) / batch, float((apart < batch).mean()), float(shards))
+
+
+def full_shuffle(counts: list[int], batch: int) -> Spread:
+    """The same of a permutation of all samples, in closed form but for the rounding of its shards."""
+    total, shards = sum(counts), len(counts)
+    # |a - b| of two of N places: P(< d) = 1 - (1 - d / N)^2.
+    return Spread(total * (1 - 0.5**0.5) / batch, 1 - (1 - batch / total) ** 2, shards * (1 - (1 - 1 / shards) ** batch))
+
+
+def lines(samples: int, shards: int, batch: int, settings: list[tuple[int, int, int]]) -> Iterator[str]:
+    """The table."""
+    counts = [len(part) for part in np.array_split(np.arange(samples), shards)]
+    yield "| streams | shuffle_window | block | neighbours apart (median, batches) | in one batch | shards in a batch |"
+    yield "|---|---|---|---|---|---|"
+    for streams, window, block in settings:
+        one = spread_of(Order(counts, streams=streams, window=window, block=block, seed=0), batch)
+        yield f"| {streams} | {window:,} | {block} | {one.median:,.1f} | {100 * one.within:.2f} % | {one.shards:,.0f} |"
+    one = full_shuffle(counts, batch)
+    yield f"| a full shuffle | | | {one.median:,.1f} | {100 * one.within:.2f} % | {one.shards:,.0f} |"
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table."""
+    asked = {name: int(value) for name, value in options_of(arguments, {"samples": "1281167", "shards": "1281", "batch": "1024"}).items()}
+    print(*lines(asked["samples"], asked["shards"], asked["batch"], SETTINGS), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
