@@ -30,24 +30,28 @@ class Spread(NamedTuple):
 
 
 def spread_of(order: Order, batch: int) -> Spread:
-    """Measured over one epoch."""
-    where = order.locate(np.arange(order.total))
+    """Measured over the first epoch, of the neighbours in eight streams' parts of the tars and of 32 batches."""
     begins = np.cumsum(order.counts) - order.counts
-    place = begins[where.shard] + where.index
-    when = np.empty(order.total, np.int64)
-    when[place] = np.arange(order.total)
-    inside = np.diff(np.repeat(np.arange(len(order.counts)), order.counts)) == 0
-    apart = np.abs(np.diff(when))[inside]
-    batches = where.shard[: order.total // batch * batch].reshape(-1, batch)
-    shards = np.mean([len(np.unique(one)) for one in batches[:: max(1, len(batches) // 100)]])
-    return Spread(float(np.median(apart)) / batch, float((apart < batch).mean()), float(shards))
+    apart = []
+    for stream in np.linspace(0, order.streams - 1, min(8, order.streams)).astype(int):
+        own = np.arange(stream, order.total, order.streams)
+        where = order.locate(own)
+        by_place = np.argsort(begins[where.shard] + where.index)
+        same = np.diff(where.shard[by_place]) == 0
+        apart.append(np.abs(np.diff(own[by_place]))[same])
+    starts = np.linspace(0, order.total - batch, 32).astype(int)
+    shards = np.mean([len(np.unique(order.locate(start + np.arange(batch)).shard)) for start in starts])
+    gaps = np.concatenate(apart)
+    return Spread(float(np.median(gaps)) / batch, float((gaps < batch).mean()), float(shards))
 
 
 def full_shuffle(counts: list[int], batch: int) -> Spread:
     """The same of a permutation of all samples, in closed form but for the rounding of its shards."""
     total, shards = sum(counts), len(counts)
     # |a - b| of two of N places: P(< d) = 1 - (1 - d / N)^2.
-    return Spread(total * (1 - 0.5**0.5) / batch, 1 - (1 - batch / total) ** 2, shards * (1 - (1 - 1 / shards) ** batch))
+    return Spread(
+        total * (1 - 0.5**0.5) / batch, 1 - (1 - batch / total) ** 2, shards * (1 - (1 - 1 / shards) ** batch)
+    )
 
 
 def lines(samples: int, shards: int, batch: int, settings: list[tuple[int, int, int]]) -> Iterator[str]:
@@ -64,7 +68,10 @@ def lines(samples: int, shards: int, batch: int, settings: list[tuple[int, int, 
 
 def main(arguments: list[str]) -> None:
     """Print the table."""
-    asked = {name: int(value) for name, value in options_of(arguments, {"samples": "1281167", "shards": "1281", "batch": "1024"}).items()}
+    asked = {
+        name: int(value)
+        for name, value in options_of(arguments, {"samples": "1281167", "shards": "1281", "batch": "1024"}).items()
+    }
     print(*lines(asked["samples"], asked["shards"], asked["batch"], SETTINGS), sep="\n")
 
 
