@@ -24,8 +24,8 @@ _EXAMPLE = "https://HOST/train-{0000..0099}.tar or s3://BUCKET/FOLDER"
 class ShardsError(ValueError):
     """What is wrong with shards, in one line that says what helps; names that could steer a terminal are shown escaped."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(plain(message, _LONGEST_MESSAGE))
+    def __str__(self) -> str:
+        return plain(self.args[0], _LONGEST_MESSAGE)
 
 
 class Listing(Protocol):

@@ -75,7 +75,7 @@ def _too_many(broken: Sequence[Broken], limit: int) -> str:
 
 def _last_line(error: ShardsError) -> str:
     """What an error says, without the traceback that a worker puts before it."""
-    said = str(error).strip().splitlines()[-1]
+    said = str(error.args[0]).strip().splitlines()[-1]
     return said.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
