@@ -187,7 +187,8 @@ def _left_out(config: RunConfig, world: World) -> list[str]:
 
 
 def _stream(config: RunConfig, world: World) -> ImageStream:
-    return build_stream(
+    """The training stream of this rank; raises ConfigError where the hosts do not see the same samples."""
+    stream = build_stream(
         config.data,
         image_size=config.model.image_size,
         num_classes=config.model.num_classes,
@@ -196,6 +197,14 @@ def _stream(config: RunConfig, world: World) -> ImageStream:
         rank=world.rank,
         world=world.size,
     )
+    seen = gather_texts([json.dumps(stream.fingerprint(), sort_keys=True)])
+    if len(seen) > 1:
+        raise ConfigError(
+            [
+                f"data.train: the ranks do not see the same shards ({' and '.join(seen)}); give every host the same files, or one URL"
+            ]
+        )
+    return stream
 
 
 def _evaluators(config: RunConfig, world: World, watch: Watch) -> dict[str, Evaluator]:

@@ -6,6 +6,7 @@ import sys
 from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError, compose, compose_own, split_overrides
 from softmoe_train.data import SyntheticConfig
+from softmoe_train.data.labels import check_labels
 from softmoe_train.settings import RunConfig
 from softmoe_train.shards import StoppedError, make_shards
 from softmoe_train.shards.build import build_source, read_classes
@@ -93,7 +94,7 @@ def _check_problems(settings: CheckSettings | None, run: RunConfig) -> list[str]
     """What keeps these shards from being looked through; what would keep them from being trained on is told by the check."""
     if isinstance(run.data, SyntheticConfig):
         return ["data=synthetic has no shards to check; choose another data"]
-    problems = []
+    problems = check_labels(run.data, run.model.num_classes)
     try:
         specs_of(run.data)
     except ValueError as error:

@@ -76,6 +76,7 @@ def open_image(data: bytes, *, max_pixels: int) -> Encoded:
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(int(height), int(width), max_pixels)
+            _check_cost(data, int(height) * int(width), max_pixels)
         except ValueError:
             colorspace = None
         if colorspace in ("YCbCr", "RGB", "Gray"):

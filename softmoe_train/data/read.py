@@ -122,10 +122,10 @@ class SampleReader:
             raise UnreadableSampleError(f"its {what} is {size} bytes, more than {limit}")
         wanted = int(samples.sums[part][row])
         try:
-            data = self.files.read(shard, offset, size, around=_around(samples, row, along))
-            tries = self.files.tries(shard)
-            while sum_of(data) != wanted and (tries := tries - 1):
-                data = self.files.again(shard, offset, size)
+            data = self.files.read(shard, offset, size, around=lambda: _around(samples, row, along))
+            if sum_of(data) == wanted:
+                return data
+            data = self.files.again(shard, offset, size, good=lambda data: sum_of(data) == wanted)
         except OSError as error:  # of a disk; what is at a URL has been tried again by now
             raise UnreadableSampleError(f"its {what} cannot be read ({error.strerror})") from None
         self.bytes_read += len(data)

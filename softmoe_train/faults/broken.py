@@ -163,7 +163,7 @@ def _distinct(met: Sequence[Broken]) -> list[KnownBroken]:
 
 def _too_many(broken: int, images_seen: int, known: BrokenSamples, limit: str, step: int) -> str:
     shards = sorted(known.by_shard.items(), key=lambda one: -one[1])
-    places = ", ".join(f"{shard} {count}" for shard, count in shards[:SHOWN])
+    places = ", ".join(f"{plain(shard)} {count}" for shard, count in shards[:SHOWN])
     more = f" and {len(shards) - SHOWN} more shards" if len(shards) > SHOWN else ""
     named = "".join(f"\n  {plain(one.shard)} {plain(one.key)}: {plain(one.reason)}" for one in known.samples[-SHOWN:])
     key = limit.partition("=")[0]

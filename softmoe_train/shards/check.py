@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from softmoe_train.data import WebDatasetConfig, check_streams
 from softmoe_train.data.index import Shard, samples_of
+from softmoe_train.data.labels import build_labels, kept_numbers
 from softmoe_train.data.published import INDEX, MAX_INDEX, parse_index
 from softmoe_train.data.sources import training_specs
 from softmoe_train.shards.examine import Examine, Examined, Task
@@ -73,7 +74,9 @@ def check_shards(settings: CheckSettings, data: WebDatasetConfig, *, num_classes
     tally, keys, shards, specs = Tally(), [], [], specs_of(data)
     published = _published(specs, tally)
     tasks = [Task(split, path, published.get(path)) for split, paths in specs.items() for path in paths]
-    examine = Examine(data.labels, num_classes, data.max_pixels)
+    labels = build_labels(data, num_classes)
+    kept = None if labels is None else kept_numbers(data, labels.names)
+    examine = Examine(labels, None if kept is None else set(kept), data.keep.keys, data.max_pixels)
     splits = {split: Whole() for split in specs}
     results = in_processes(examine, tasks, settings.processes or cores(), named=lambda task: task.path)
     pairs = ((one, 1) for one in results)

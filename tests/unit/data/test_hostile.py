@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from softmoe_train.data import build_eval_stream, build_stream
+from softmoe_train.data.batch import Broken
 from softmoe_train.data.decode import decode_image
 from softmoe_train.data.index import index_shards, samples_of
 from tests.hostile_pictures import KINDS, picture
@@ -98,18 +99,23 @@ def trained(cfg, count: int, broken: list) -> list[str]:
     found = []
     try:
         epoch = islice(build_stream(cfg, global_batch=1, **FORM), count)
-        again = [sample[:3] for batch in epoch for sample in batch.broken]
-        found += ["training counts others than evaluation"] * (sorted(again) != sorted(one[:3] for one in broken))
+        again = [sample for batch in epoch for sample in batch.broken]
+        found += ["training counts others than evaluation"] * (named(again) != named(broken))
     except RuntimeError as error:
         found += unclear(str(error)) + [f"it gave up: {error}"[:200]] * (len(broken) < min(count, 33))
     try:
         if broken:
-            # Some batches more, which a run may take until its ranks agree to end.
-            list(islice(build_stream(cfg.model_copy(update={"max_broken": 0}), global_batch=1, **FORM), count + 10))
+            # A few batches more come, while the ranks of a run would agree to end together.
+            list(islice(build_stream(cfg.model_copy(update={"max_broken": 0}), global_batch=1, **FORM), count + 3))
             found.append("broken samples above the limit were borne")
     except RuntimeError as error:
         found += unclear(str(error)) + ["it does not name the shard"] * (".tar" not in str(error))
     return found
+
+
+def named(broken: list[Broken]) -> list[tuple[str, str, str]]:
+    """Which samples are broken and why, wherever they were met."""
+    return sorted((one.shard, one.key, one.reason) for one in broken)
 
 
 @pytest.mark.parametrize(

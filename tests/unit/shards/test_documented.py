@@ -3,15 +3,15 @@
 import importlib.util
 import json
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from softmoe_train.commands.main import main
-from tests.runs import ROOT, environment
+from softmoe_train.shards import make_shards, making
+from tests.runs import ROOT
 from tests.unit.shards.conftest import left_out, picture, samples, write
 from tests.unit.shards.test_sources import SYNSETS, class_tars, tar_of, validation
 
@@ -64,16 +64,8 @@ def test_the_tables_of_the_guide_name_keys_that_there_are() -> None:
 
 def test_the_program_for_imagenet_makes_both_splits(tmp_path: Path) -> None:
     archives(tmp_path / "archives")
-    program = [
-        sys.executable,
-        ROOT / "data" / "make_imagenet.py",
-        "--archives",
-        tmp_path / "archives",
-        "--out",
-        tmp_path / "out",
-    ]
-    done = subprocess.run([*program, "processes=1"], capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr
+    program = runpy.run_path(str(ROOT / "data" / "make_imagenet.py"))
+    assert program["make_imagenet"](tmp_path / "archives", tmp_path / "out", ["processes=1"]) == 0
     assert len(samples(*(tmp_path / "out" / "train").glob("*.tar"))) == 15
     assert len(samples(*(tmp_path / "out" / "val").glob("*.tar"))) == 4
 
@@ -84,10 +76,9 @@ def test_the_program_with_a_source_of_its_own_keeps_every_caption(tmp_path: Path
     for n in (0, 1, 3):
         write(tmp_path / "pictures" / f"{n:012d}.jpg", picture(n, "JPEG"))
     write(tmp_path / "captions.json", json.dumps({"images": images, "annotations": captions}).encode())
-    program = [sys.executable, ROOT / "data" / "make_captions.py", "--pictures", tmp_path / "pictures"]
-    asked = ["--captions", tmp_path / "captions.json", "--out", tmp_path / "out"]
-    done = subprocess.run([*program, *asked], capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr
+    program = runpy.run_path(str(ROOT / "data" / "make_captions.py"))
+    source = program["Captions"](tmp_path / "pictures", tmp_path / "captions.json")
+    make_shards(source, making(out=str(tmp_path / "out"), processes=1, progress="off"))
     found = samples(tmp_path / "out" / "train-000000.tar")
     assert {key: (one["txt"], json.loads(one["json"])["captions"]) for key, one in found.items()} == {
         f"{n:012d}": (b"caption %d" % n, [f"caption {n}", f"caption {n + 3}"]) for n in (0, 1)

@@ -127,16 +127,18 @@ def test_a_making_killed_at_any_of_its_moments_goes_on_to_the_same_bytes(
         make(*asked, f"out={out}")
 
     moments = 0
-    for moment in range(100):
+    for moment in range(0, 100, 2):
         out = tmp_path / f"killed{moment}"
-        code = forked(partial(killed_at, moment, after=moment % 2 == 1))
+        code = forked(partial(killed_at, moment, after=moment % 4 == 2))
         if code == 0:
             break
         moments += 1
         assert code == -signal.SIGKILL
         assert make(*asked, f"out={out}") == 0
         assert tree(out) == tree(tmp_path / "whole")
-    assert moments >= 8  # three parts, two shards and one held out, indexes, what was left out, what was made
+    assert (
+        moments >= 5
+    )  # of twice as many: three parts, two shards and one held out, indexes, what was left out, what was made
 
 
 def test_one_out_folder_killed_again_and_again_is_made_in_the_end_and_keeps_what_was_done(
