@@ -32,6 +32,10 @@ class UnreadableSampleError(Exception):
     """A sample that cannot be used; the message is the reason, for the report of broken samples."""
 
 
+class NotAsIndexedError(UnreadableSampleError):
+    """A sample whose bytes a disk does not give, or gives other than they were indexed: mended, it can be used."""
+
+
 class Reduced(NamedTuple):
     """The pixels of a picture at 1 / `by` of its size, each the mean of by x by of its pixels, as JPEG's own arithmetic gives it.
 
