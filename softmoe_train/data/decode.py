@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from softmoe_train.data.headers import (
     costs_too_much,
     exif_orientation,
+    jpeg_is_turned_by_xmp,
     jpeg_orientation,
     pnm_problem,
     xmp_orientation,
@@ -29,6 +30,10 @@ _EIGHT_BITS = ((np.arange(1 << 16) * 255 + 32767) // 65535).astype(np.uint8)  # 
 
 class UnreadableSampleError(Exception):
     """A sample that cannot be used; the message is the reason, for the report of broken samples."""
+
+
+class NotAsIndexedError(UnreadableSampleError):
+    """A sample whose bytes a disk does not give, or gives other than they were indexed: mended, it can be used."""
 
 
 class Reduced(NamedTuple):
@@ -87,12 +92,17 @@ def open_image(data: bytes, *, max_pixels: int) -> Encoded:
 
 def _open_jpeg(data: bytes, height: int, width: int, max_pixels: int) -> Encoded:
     orientation = jpeg_orientation(data)
+    size = (width, height) if orientation >= 5 else (height, width)
 
     def decode(by: int) -> Reduced:
         try:
             image, by = _decode_jpeg(data, height, width, by)
         except ValueError:  # libjpeg-turbo objects: Pillow has to judge
-            return Reduced(_decode_by_pillow(data, max_pixels), 1, 0.0, 0.0)
+            image = _decode_by_pillow(data, max_pixels)
+            if image.shape[:2] != size and not turned_by_xmp:
+                there = f"{image.shape[1]}x{image.shape[0]}"
+                raise UnreadableSampleError(f"its header says {size[1]}x{size[0]} pixels, and it has {there}") from None
+            return Reduced(image, 1, 0.0, 0.0)
         rows, columns = (
             -(-size // by) - size / by for size in (height, width)
         )  # of the last pixel, outside the picture
@@ -101,7 +111,9 @@ def _open_jpeg(data: bytes, height: int, width: int, max_pixels: int) -> Encoded
         from_below, from_right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
         return Reduced(_upright(image, orientation), by, rows if from_below else 0.0, columns if from_right else 0.0)
 
-    return Encoded(*((width, height) if orientation >= 5 else (height, width)), decode)
+    # Pillow heeds it and libjpeg-turbo does not hear of it: the size is known when one of them has decoded it.
+    turned_by_xmp = orientation == 1 and jpeg_is_turned_by_xmp(data)
+    return decoded(decode(1).pixels) if turned_by_xmp else Encoded(*size, decode)
 
 
 def _decode_jpeg(data: bytes, height: int, width: int, by: int) -> tuple[NDArray[np.uint8], int]:

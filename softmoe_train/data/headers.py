@@ -50,6 +50,11 @@ def jpeg_orientation(data: bytes) -> int:
     return 1
 
 
+def jpeg_is_turned_by_xmp(data: bytes) -> bool:
+    """Whether a JPEG's XMP, if it is heeded, exchanges height and width."""
+    return xmp_orientation(data[:_METADATA_WITHIN]) >= 5
+
+
 def exif_orientation(tiff: bytes) -> int | None:
     """The orientation in a block of EXIF; None where it is absent, damaged or none of 1 to 8."""
     tiff = tiff.removeprefix(b"Exif\0\0")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from softmoe_train.data.batch import Broken
 from softmoe_train.data.catalog import Catalog
-from softmoe_train.data.decode import Encoded, UnreadableSampleError, open_image
+from softmoe_train.data.decode import Encoded, NotAsIndexedError, UnreadableSampleError, open_image
 from softmoe_train.data.fields import MAX_JSON_BYTES, MAX_TEXT_BYTES, text_of
 from softmoe_train.data.files import ShardFiles, recent
 from softmoe_train.data.index import Samples, Shard, sum_of
@@ -127,12 +127,12 @@ class SampleReader:
                 return data
             data = self.files.again(shard, offset, size, good=lambda data: sum_of(data) == wanted)
         except OSError as error:  # of a disk; what is at a URL has been tried again by now
-            raise UnreadableSampleError(f"its {what} cannot be read ({error.strerror})") from None
+            raise NotAsIndexedError(f"its {what} cannot be read ({error.strerror})") from None
         self.bytes_read += len(data)
         if len(data) != size:
-            raise UnreadableSampleError(f"its {what} breaks off after {len(data)} of {size} bytes")
+            raise NotAsIndexedError(f"its {what} breaks off after {len(data)} of {size} bytes")
         if sum_of(data) != wanted:
-            raise UnreadableSampleError(f"its {what} is not the {size} bytes that were indexed at byte {offset}")
+            raise NotAsIndexedError(f"its {what} is not the {size} bytes that were indexed at byte {offset}")
         return data
 
     def _samples(self, shard: int) -> Samples:

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from softmoe_train.data.catalog import Catalog
-from softmoe_train.data.decode import UnreadableSampleError
+from softmoe_train.data.decode import NotAsIndexedError, UnreadableSampleError
 from softmoe_train.data.index import Shard, index_folder, write_index
 from softmoe_train.data.labels import Labels, classes_hash, kept_numbers, read_classes
+from softmoe_train.data.places import ShardsError
 from softmoe_train.data.quarantine import read_quarantine
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import WebDatasetConfig, path_of
@@ -92,11 +93,20 @@ class Rules:
         unlabelled = 0
         if self.labels is not None:
             reader = SampleReader([shard], catalog, labels=self.labels, text=None, max_pixels=1)
-            for index in range(len(keys)):
+            for index, key in enumerate(keys):
+                if key in listed:
+                    continue
                 try:
                     numbers = self.labels.numbers_of(reader.label(0, index))
                     counts.update(set(numbers))
                     keep[index] &= not self.wanted.isdisjoint(numbers)
+                except (
+                    NotAsIndexedError
+                ) as error:  # what is left out by its label stays so, in the cache, when that is mended
+                    raise ShardsError(
+                        f"data.keep.labels: sample {key} of {shard.path} cannot be chosen ({error}): mend the disk or the shard, or list "
+                        f"the sample in data.quarantine."
+                    ) from None
                 except UnreadableSampleError:
                     unlabelled += 1
                     keep[index] = False

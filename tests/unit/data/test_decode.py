@@ -227,3 +227,13 @@ def test_a_jpeg_whose_exif_pillow_cannot_read_is_refused_with_a_reason() -> None
     broken = data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
     with contextlib.suppress(UnreadableSampleError):  # or it is taken as it lies
         assert decode(broken).shape == (64, 64, 3)
+
+
+def test_a_picture_has_the_size_of_its_pixels_whichever_decoder_reads_them() -> None:
+    jpeg = saved(Image.fromarray(photograph(40, 90)), "JPEG")
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"/>'
+    turned = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + jpeg[2:]
+    mended_by_pillow = turned[:-2] + b"garbage" + turned[-2:]
+    for data, size in ((jpeg, (40, 90)), (turned, (40, 90)), (mended_by_pillow, (90, 40))):
+        picture = open_image(data, max_pixels=10_000)
+        assert (picture.height, picture.width) == picture.pixels().shape[:2] == size

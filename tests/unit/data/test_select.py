@@ -97,6 +97,27 @@ def test_samples_without_a_label_that_can_be_read_do_not_match_and_are_counted(t
     ]
 
 
+def test_a_label_that_a_disk_does_not_give_ends_the_start_and_is_not_left_out_for_ever(
+    tmp_path: Path, numbered_shards
+) -> None:
+    folder = numbered_shards(7)
+    [tar] = folder.glob("*.tar")
+    cfg = settings(train=str(folder), test=str(folder), keep={**ALL, "labels": [3]})
+    make_indexes(settings(train=str(folder)), part=0, parts=1, needs_test=False)
+    sound, facts = tar.read_bytes(), tar.stat()
+    at = sound.index(b"sample-000003.cls") + 512
+    tar.write_bytes(sound[:at] + b"9" + sound[at + 1 :])
+    os.utime(tar, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    [problem] = make_indexes(cfg, part=0, parts=1, needs_test=False)
+    assert problem.startswith("data.keep.labels: sample sample-000003 of ")
+    path = quarantine(tmp_path / "q.jsonl", entries(folder, 3))
+    kept_without = cfg.model_copy(update={"quarantine": path, "keep": cfg.keep.model_copy(update={"labels": [2]})})
+    assert held_out(kept_without) == [2]
+    tar.write_bytes(sound)
+    os.utime(tar, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert held_out(cfg) == [3]
+
+
 def test_a_filter_that_leaves_nothing_is_refused_with_what_is_there(numbered_shards) -> None:
     folder = str(numbered_shards(12))
     for cfg in (
