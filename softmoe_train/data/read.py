@@ -46,7 +46,7 @@ class SampleReader:
         kept: Sequence[NDArray[np.int64] | None] | None = None,
     ) -> None:
         self.shards, self.labels, self.text, self.max_pixels = shards, labels, text, max_pixels
-        self.bytes_read = 0  # of members, by this process
+        self.bytes_read = 0  # of members, by this process, each counted once however often it is asked for
         of_label = () if labels is None else (labels.part,)
         of_text = () if text is None else ("txt" if text == "txt" else "json",)
         self._parts = ("image", *of_label, *of_text)  # what a sample is read from
@@ -58,6 +58,11 @@ class SampleReader:
     def counts(self) -> list[int]:
         """How many samples of each shard remain."""
         return [one.count if kept is None else len(kept) for one, kept in zip(self.shards, self._kept, strict=True)]
+
+    def remaining(self, shard: int) -> float:
+        """The part of a shard's samples that remains."""
+        kept = self._kept[shard]
+        return 1.0 if kept is None else len(kept) / max(1, self.shards[shard].count)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_indexes": OrderedDict()}
@@ -123,12 +128,12 @@ class SampleReader:
         wanted = int(samples.sums[part][row])
         try:
             data = self.files.read(shard, offset, size, around=lambda: _around(samples, row, along))
+            self.bytes_read += len(data)
             if sum_of(data) == wanted:
                 return data
             data = self.files.again(shard, offset, size, good=lambda data: sum_of(data) == wanted)
         except OSError as error:  # of a disk; what is at a URL has been tried again by now
             raise NotAsIndexedError(f"its {what} cannot be read ({error.strerror})") from None
-        self.bytes_read += len(data)
         if len(data) != size:
             raise NotAsIndexedError(f"its {what} breaks off after {len(data)} of {size} bytes")
         if sum_of(data) != wanted:

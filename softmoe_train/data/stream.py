@@ -141,7 +141,8 @@ class TrainBatches(Dataset[Batch]):
         """Whether this rank reads enough of a shard, in the epoch it is in, to have all of it fetched."""
         first = self.share.rank * self.share.apart
         streams = range(first, first + self.share.apart)
-        return self.order.share_of(shard, self.position, streams) >= _WORTH_KEEPING
+        share = self.order.share_of(shard, self.position, streams) * self.pictures.reader.remaining(shard)
+        return share >= _WORTH_KEEPING
 
     def __getitem__(self, position: int) -> Batch:
         self.position = position
@@ -283,6 +284,11 @@ class _EvalBatches(Dataset[Batch]):
         self.counts = reader.counts
         self.ends = np.cumsum(self.counts)
         self.ahead = Ahead(reader.files, reader.shards, self.shards_at, step=1, horizon=len(self))
+        reader.files.worth_keeping = self.is_worth_keeping
+
+    def is_worth_keeping(self, shard: int) -> bool:
+        """Whether a pass reads enough of a shard to have all of it fetched, for the ranks of this node and the passes to come."""
+        return self.pictures.reader.remaining(shard) >= _WORTH_KEEPING
 
     def shards_at(self, step: int) -> list[int]:
         """The shards that this rank's batch `step` is read from."""

@@ -18,6 +18,7 @@ from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.index import data_hash, index_shards
 from softmoe_train.data.places import ShardsError
 from softmoe_train.data.published import INDEX, SUFFIX, publish_index
+from softmoe_train.data.records import KeepConfig
 from softmoe_train.data.remote import Remote
 from tests.hostile_server import HostileServer
 from tests.unit.data.conftest import CACHE, encoded, numbered_picture, settings, write_tar
@@ -193,6 +194,28 @@ def test_a_rank_asks_for_the_shards_that_its_streams_read_and_for_no_others(tmp_
     # The second epoch has another order: of it a few shards are fetched ahead, up to `prefetch`, by each rank.
     assert len(asked[0] & asked[1]) <= 2 + 4 + 4
     assert len(asked[0]) <= 9 + 4
+
+
+def test_for_a_few_samples_of_a_shard_no_whole_copy_is_fetched(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    members = [m for n in range(100) for m in ((f"{n:03d}.cls", b"1"), (f"{n:03d}.png", encoded(numbered_picture(n))))]
+    write_tar(folder / tar(0), members)
+    publish(folder)
+    for keys, whole in (("00.", 0), ("[0-2].$", 1)):  # 10 and 30 of the 100 samples
+        with HostileServer(folder) as server:
+            keep = KeepConfig(labels=None, keys=keys, renumber=False)
+            cfg = config(server.url + "/", folder=str(tmp_path / f"cache{whole}")).model_copy(
+                update={"keep": keep, "test": server.url + "/"}
+            )
+            list(islice(stream(cfg), 2))
+            assert len(list((tmp_path / f"cache{whole}").glob("?" * 64))) == whole
+            cfg = cfg.model_copy(
+                update={"cache": cfg.cache.model_copy(update={"folder": str(tmp_path / f"held{whole}")})}
+            )
+            held_out = build_eval_stream(cfg, image_size=4, num_classes=10, seed=0, batch_size=4, rank=0, world=1)
+            assert sum(int(batch.mask.sum()) for batch in held_out) == (30 if whole else 10)
+            assert len(list((tmp_path / f"held{whole}").glob("?" * 64))) == whole
 
 
 def test_the_cache_stays_within_its_bound_while_all_is_read(
