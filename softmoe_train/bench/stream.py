@@ -79,19 +79,16 @@ def stream_problems(own: Measuring | None, config: RunConfig) -> list[str]:
         problems.append("data.workers=0: the stream is measured through workers too; use 1 or more")
     if data.labels != "hard" or data.mixture is not None:
         problems.append("data.labels=multi_hot and data.mixture are not measured: use one set with one label a picture")
-    chosen = {
-        "data.label": None if data.label == "cls" else data.label,
-        "data.classes": data.classes,
-        "data.text": data.text,
-        "data.keep.labels": data.keep.labels,
-        "data.keep.keys": data.keep.keys,
-        "data.quarantine": data.quarantine,
+    keep = {
+        "label": data.label if data.label != "cls" else None,
+        "keep.labels": data.keep.labels,
+        "keep.keys": data.keep.keys,
     }
-    problems += [
-        f"{key}={value} is not measured: the pictures of data.train are copied, each with a .cls of its own; use {'cls' if key == 'data.label' else 'null'}"
-        for key, value in chosen.items()
-        if value is not None
-    ]
+    for key, value in {**keep, "classes": data.classes, "text": data.text, "quarantine": data.quarantine}.items():
+        if value is not None:
+            problems.append(
+                f"data.{key}={value} is not measured: copies of pictures have a .cls of their own; leave it out"
+            )
     if isinstance(own, StreamSettings):
         data = data.model_copy(update={"streams": math.gcd(data.streams, own.images)})
         problems += check_data(

@@ -205,7 +205,13 @@ class _Digest:
         self._at += len(data)
         view = memoryview(data)
         while view:
-            written = os.pwrite(self._file, view, at)
+            try:
+                written = os.pwrite(self._file, view, at)
+            except OSError as error:  # no try of the download would mend it
+                raise FetchError(
+                    f"its copy cannot be written ({error.strerror}): make room in data.cache.folder, or lower data.cache.max_gib to what "
+                    f"its disk has."
+                ) from None
             view, at = view[written:], at + written
 
     def value(self, size: int) -> str:

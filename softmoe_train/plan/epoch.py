@@ -5,7 +5,8 @@ from typing import NamedTuple
 from softmoe_train.data import SyntheticConfig
 from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.remote import Remote
-from softmoe_train.data.sources import training_specs
+from softmoe_train.data.select import build_rules
+from softmoe_train.data.sources import indexed, training_specs
 from softmoe_train.settings import RunConfig
 
 
@@ -22,7 +23,7 @@ class Epoch(NamedTuple):
 
 
 def epoch_of(config: RunConfig) -> Epoch:
-    """Count the images of data.train, or of all sources of data.mixture, whose tars are indexed as the run would do (read once; the index is kept)."""
+    """Count the images that the run would read of data.train, or of all sources of data.mixture; tars are indexed once, and the index is kept."""
     data = config.data
     if isinstance(data, SyntheticConfig):
         return Epoch(None, data.num_train, None)
@@ -30,7 +31,9 @@ def epoch_of(config: RunConfig) -> Epoch:
         return Epoch(None, None, "data.train is not given")
     try:
         catalog = Catalog(Remote(data.cache))
-        paths = [path for key, spec in training_specs(data) for path in catalog.paths(spec, key=key)]
-        return Epoch(len(paths), sum(shard.count for shard in catalog.shards(paths, fresh=True)), None)
+        rules = build_rules(data)
+        sources = [indexed(spec, rules, catalog) for spec in training_specs(data)]
+        images = sum(one.count(shard) for source in sources for shard, one in zip(*source, strict=True))
+        return Epoch(sum(len(source.shards) for source in sources), images, None)
     except ValueError as error:
         return Epoch(None, None, str(error))
