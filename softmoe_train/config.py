@@ -40,7 +40,7 @@ class ConfigError(ValueError):
     """What is wrong with a configuration: one entry in `problems` per mistake."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
+        self.problems = problems = list(dict.fromkeys(problems))  # two checks may read the same file
         count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         super().__init__(
             f"{count} in the configuration, nothing was started:\n" + "\n".join(f"  - {p}" for p in problems)

@@ -187,16 +187,19 @@ def _left_out(config: RunConfig, world: World) -> list[str]:
 
 
 def _stream(config: RunConfig, world: World) -> ImageStream:
-    """The training stream of this rank; raises ConfigError where the hosts do not see the same samples."""
-    stream = build_stream(
-        config.data,
-        image_size=config.model.image_size,
-        num_classes=config.model.num_classes,
-        seed=config.seed,
-        global_batch=config.batch_size,
-        rank=world.rank,
-        world=world.size,
-    )
+    """The training stream of this rank; raises ConfigError where there are none, or hosts see others."""
+    try:
+        stream = build_stream(
+            config.data,
+            image_size=config.model.image_size,
+            num_classes=config.model.num_classes,
+            seed=config.seed,
+            global_batch=config.batch_size,
+            rank=world.rank,
+            world=world.size,
+        )
+    except ValueError as error:  # a filter that leaves nothing, say: it is the same on every rank
+        raise ConfigError([str(error)]) from None
     seen = gather_texts([json.dumps(stream.fingerprint(), sort_keys=True)])
     if len(seen) > 1:
         raise ConfigError(

@@ -262,9 +262,8 @@ def _copy_pictures(settings: StreamSettings, config: RunConfig, folder: Path) ->
     data = cast(WebDatasetConfig, config.data)
     plain = {"streams": math.gcd(data.streams, settings.images), "randaugment": None, "mixup": None, "max_broken": 0}
     data = data.model_copy(update=plain)
-    reader = cast(
-        WebDatasetStream,
-        build_stream(
+    try:
+        stream = build_stream(
             data,
             image_size=config.model.image_size,
             num_classes=10**6,
@@ -272,8 +271,10 @@ def _copy_pictures(settings: StreamSettings, config: RunConfig, folder: Path) ->
             global_batch=settings.images,
             rank=0,
             world=1,
-        ),
-    ).pictures.reader
+        )
+    except ValueError as error:  # a filter that leaves nothing, say
+        raise ConfigError([str(error)]) from None
+    reader = cast(WebDatasetStream, stream).pictures.reader
     pictures: list[bytes] = []
     for shard in range(len(reader.shards)):
         for index in range(reader.shards[shard].count):
@@ -291,7 +292,14 @@ def _copy_pictures(settings: StreamSettings, config: RunConfig, folder: Path) ->
                     member = tarfile.TarInfo(f"{place:08d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    return data.model_copy(update={"train": paths})
+    unread = {
+        "label": "cls",
+        "classes": None,
+        "text": None,
+        "quarantine": None,
+    }  # the copies are numbered 0, and all are read
+    keep = data.keep.model_copy(update={"labels": None, "keys": None, "renumber": False})
+    return data.model_copy(update={"train": paths, "keep": keep, **unread})
 
 
 def _enlarged(data: bytes, megapixels: float) -> bytes:

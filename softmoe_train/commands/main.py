@@ -19,11 +19,12 @@ EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2
 BENCH_EPILOG = """measures: {measures}
 
 each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; step, exchange and checkpoint also take those of a run
-(model=, precision=, device=, processes=, parallel.expert_axis= ...), infer the first three and recipe=
+(model=, precision=, device=, processes=, parallel.expert_axis= ...), infer the first three and recipe=, stream those of data
   softmoe bench layer cases=128x1,32x4 images=32 dtype=float32 out=layer.json picture=layer.png
   softmoe bench infer model=soft_s16_128e images=1,32
   softmoe bench step recipe=debug processes=2
   softmoe bench exchange recipe=debug processes=2 images=8,64
+  softmoe bench stream data=inception data.train=/data/train data.workers=2
   softmoe bench checkpoint recipe=debug processes=2 folder=/scratch"""
 
 PARITY_EPILOG = """any overrides of a run, and out=FILE.json (for programs) and reference=same (one process in float32, not float64)
@@ -45,7 +46,7 @@ each has keys of its own (conf/shards_*.yaml, a line for each), check those of a
   softmoe shards make source=archives from=ILSVRC2012_img_train.tar out=shards/imagenet resize=512
   softmoe shards make source=manifest from=list.csv out=shards/listed
   softmoe shards make source=parquet from=downloads/data out=shards/hub
-  softmoe shards check data.train=shards/mine model.num_classes=10 quarantine=bad.jsonl
+  softmoe shards check "data.train=shards/mine/train-*.tar" model.num_classes=10 quarantine=bad.jsonl
   softmoe shards index data=shards/mine verify=true"""
 
 EXPORT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), out=FILE.safetensors, weights=model or average,
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("-m", "--multirun", action="store_true", help="compare the points of a sweep in one table")
     measuring = verb(
         "bench",
-        "measure against a floor taken in the same minute: layer, infer, step, exchange, checkpoint",
+        "measure against a floor taken in the same minute: layer, infer, step, exchange, stream, checkpoint",
         BENCH_EPILOG.format(measures=measures),
     )
     measuring.add_argument("what", choices=list(MEASURES), help="what to measure")

@@ -13,6 +13,7 @@ from softmoe_train.checkpoint.folder import step_folders, step_of
 from softmoe_train.commands.elastic import check_train, in_legal_world
 from softmoe_train.commands.workers import Verb, as_worker, run_verb, under_a_launcher
 from softmoe_train.config import as_yaml, compose
+from softmoe_train.data import ShardsError, UselessShardsError
 from softmoe_train.dist import World
 from softmoe_train.faults.bad_steps import BadStepsError
 from softmoe_train.faults.broken import TooManyBrokenError
@@ -70,6 +71,11 @@ def _train(config: RunConfig, overrides: list[str], world: World, startup: Start
         if world.main:  # these are the same on every rank, and say all there is to say
             print(f"softmoe train: {error}", file=sys.stderr, flush=True)
         return End(TOLD_CODES[1], for_good=True)
+    except (ShardsError, UselessShardsError) as error:
+        if world.size > 1:  # others wait for this rank, and end by what its launcher sees
+            raise
+        print(f"softmoe train: {error}", file=sys.stderr, flush=True)
+        return End(TOLD_CODES[1], for_good=isinstance(error, UselessShardsError))
     if world.main:
         print(closing(config, reason, overrides, world), flush=True)
     # After a signal torchrun is ending by itself, or has nodes to take in and starts again.

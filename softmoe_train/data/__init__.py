@@ -3,6 +3,7 @@
 from softmoe_train.data.batch import Batch, Broken, Cursor, ImageStream
 from softmoe_train.data.build import build_eval_stream, build_stream, check_data, check_streams, make_indexes
 from softmoe_train.data.labels import check_labels
+from softmoe_train.data.places import ShardsError, UselessShardsError
 from softmoe_train.data.records import DataConfig, SyntheticConfig, WebDatasetConfig
 from softmoe_train.data.sources import left_out
 
@@ -12,7 +13,9 @@ __all__ = [
     "Cursor",
     "DataConfig",
     "ImageStream",
+    "ShardsError",
     "SyntheticConfig",
+    "UselessShardsError",
     "WebDatasetConfig",
     "build_eval_stream",
     "build_stream",

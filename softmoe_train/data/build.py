@@ -4,10 +4,10 @@ from softmoe_train.data.batch import ImageStream
 from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.labels import build_labels, check_labels
 from softmoe_train.data.mixup import Mixup
-from softmoe_train.data.places import check_places
+from softmoe_train.data.places import check_places, names_url
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
-from softmoe_train.data.remote import Remote
+from softmoe_train.data.remote import Remote, check_cache
 from softmoe_train.data.select import build_rules
 from softmoe_train.data.sources import NamedSpec, Source, build_training, check_mixture, indexed, training_specs
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
@@ -23,19 +23,24 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
     """
     if isinstance(cfg, SyntheticConfig):
         return []
-    catalog, paths, problems = Catalog(Remote(cfg.cache)), list[str](), []
+    catalog, keys, problems = Catalog(Remote(cfg.cache)), dict[str, str](), []
+
+    def told(key: str, error: ValueError) -> str:
+        said = str(error)
+        return said if said.startswith(key) else f"{key}: {said}"
+
     for key, spec in [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]:
         try:
-            paths += catalog.paths(spec, key=key)
+            keys = {**dict.fromkeys(catalog.paths(spec, key=key), key), **keys}
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(told(key, error))
     rules = build_rules(cfg)
-    for path in list(dict.fromkeys(paths))[part::parts]:
+    for path, key in sorted(keys.items())[part::parts]:
         try:
             for shard in catalog.shards([path], fresh=True):
                 rules.choose(shard, catalog)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(told(key, error))
     return problems
 
 
@@ -100,7 +105,14 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
             check_places(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
+    if any(names_url(spec) for _, spec in [*training_specs(cfg), *wanted]):
+        problems += check_cache(cfg.cache)
     problems += _check_meaning(cfg)
+    if cfg.scaled_decode and not may_scale(cfg.train_transform):
+        problems.append(
+            f"data.scaled_decode=true with data.train_transform.kind={cfg.train_transform.kind}: only an inception_crop without antialias "
+            f"can read a smaller picture; choose it, or use false"
+        )
     problems += check_transform(cfg.train_transform, image_size, key="data.train_transform")
     return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
 

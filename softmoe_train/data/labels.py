@@ -88,6 +88,8 @@ class Labels:
         if name not in self.names:
             near = difflib.get_close_matches(name, self.names, n=3) if len(name) <= _MAX_NAME else []
             legal = f"the nearest are {', '.join(near)}" if near else f"names are like {next(iter(self.names))}"
+            if _INTEGER.fullmatch(name):
+                legal += "; where labels are numbers, as `softmoe shards make` writes them, data.classes is null"
             raise UnreadableSampleError(f"label {shown(label)} is no name of data.classes; {legal}")
         return self.names[name]
 

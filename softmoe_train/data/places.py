@@ -28,6 +28,10 @@ class ShardsError(ValueError):
         return plain(self.args[0], _LONGEST_MESSAGE)
 
 
+class UselessShardsError(RuntimeError):
+    """Shards that can be read and do not hold what the configuration says; the message ends with what helps."""
+
+
 class Listing(Protocol):
     """What knows the tars of a folder, or of a glob, at a URL."""
 
@@ -39,6 +43,11 @@ class Listing(Protocol):
 def is_url(path: str) -> bool:
     """Whether a shard lies at a URL."""
     return path.partition("://")[0] in KINDS and "://" in path
+
+
+def names_url(spec: str | list[str] | None) -> bool:
+    """Whether some of it lies at a URL."""
+    return any(is_url(one) for one in ([spec] if isinstance(spec, str) else spec or []))
 
 
 def expand_shards(spec: str | list[str] | None, *, key: str, listing: Listing | None = None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from softmoe_train.data.cache import ShardCache
+from softmoe_train.data.cache import CacheError, ShardCache, open_own_folder
 from softmoe_train.data.fetch import LONGEST_ASKED_WAIT, Client
 from softmoe_train.data.http import FetchError, Found, MissingError, NoRangesError, Sink
 from softmoe_train.data.index import PARTS, Samples, Shard, index_folder, make_index, write_index
@@ -28,8 +28,7 @@ class Remote:
         self.cfg = cfg
         self.client = Client(attempts=cfg.attempts, timeout=cfg.timeout)
         patience = cfg.attempts * (cfg.timeout + LONGEST_ASKED_WAIT)
-        folder = Path(cfg.folder).expanduser() if cfg.folder is not None else _default_folder()
-        self.cache = ShardCache(folder, max_bytes=int(cfg.max_gib * GIB), patience=patience)
+        self.cache = ShardCache(_folder_of(cfg), max_bytes=int(cfg.max_gib * GIB), patience=patience)
         self._published: dict[str, dict[str, Entry] | None] = {}
 
     def tars(self, place: str) -> list[str]:
@@ -238,6 +237,22 @@ def _mapped(file: Path, shard: Shard) -> Samples:
         file.unlink(missing_ok=True)
         raise ShardsError(f"the index of {shard.path} in {file.parent} was damaged and is deleted: start again.")
     return samples
+
+
+def check_cache(cfg: CacheConfig) -> list[str]:
+    """Why the folder that is there cannot keep shards; nothing is made."""
+    folder = _folder_of(cfg)
+    if not cfg.max_gib or not os.path.lexists(folder):
+        return []
+    try:
+        os.close(open_own_folder(folder, "data.cache.folder"))
+    except CacheError as error:
+        return [f"data.cache.folder={cfg.folder}: {error}"]
+    return []
+
+
+def _folder_of(cfg: CacheConfig) -> Path:
+    return Path(cfg.folder).expanduser() if cfg.folder is not None else _default_folder()
 
 
 def _default_folder() -> Path:

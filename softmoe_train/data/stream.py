@@ -22,6 +22,7 @@ from softmoe_train.data.keyed import Draws
 from softmoe_train.data.mixture import Mixture
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.order import Location, Order
+from softmoe_train.data.places import UselessShardsError
 from softmoe_train.data.randaugment import rand_augment
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
@@ -192,9 +193,10 @@ class TrainBatches(Dataset[Batch]):
             except UnreadableSampleError:
                 continue
             return
-        raise RuntimeError(
+        raise UselessShardsError(
             f"sample {plain(first.key)} of {plain(first.shard)} cannot be read ({plain(first.reason)}), and neither can the {len(others)} "
-            f"samples that follow it: these shards do not hold what `data` says; check them."
+            f"samples that follow it: these shards do not hold what `data` says; correct the setting that the reason names, or look through "
+            f"them with `softmoe shards check`."
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softmoe_train.data.batch import Batch, Broken
-from softmoe_train.data.places import ShardsError
+from softmoe_train.data.places import ShardsError, UselessShardsError
 from softmoe_train.plain import plain
 
 
@@ -28,7 +28,7 @@ class Decoding:
 def load_batches(
     batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding, *, grace: int = 0
 ) -> Iterator[Batch]:
-    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies.
+    """The batches at `positions` in order; raises UselessShardsError above `max_broken`, RuntimeError where a worker dies.
 
     The first `grace` batches above it are still given: whoever takes them may end in good order.
     """
@@ -49,10 +49,12 @@ def load_batches(
             broken += batch.broken
             above += len(broken) > decoding.max_broken
             if above > grace:
-                raise RuntimeError(_too_many(broken, decoding.max_broken))
+                raise UselessShardsError(_too_many(broken, decoding.max_broken))
             yield batch
     except ShardsError as error:  # raised in a worker, it comes with the worker's traceback in its text
         raise ShardsError(_last_line(error)) from None
+    except UselessShardsError as error:
+        raise error if above > grace else UselessShardsError(_last_line(error)) from None
     except (ConnectionError, EOFError) as error:  # a batch is fetched from its worker, and that one is gone
         raise RuntimeError("a decode worker ended unexpectedly: was it killed, for memory perhaps?") from error
 
@@ -73,7 +75,7 @@ def _too_many(broken: Sequence[Broken], limit: int) -> str:
     )
 
 
-def _last_line(error: ShardsError) -> str:
+def _last_line(error: Exception) -> str:
     """What an error says, without the traceback that a worker puts before it."""
     said = str(error.args[0]).strip().splitlines()[-1]
     return said.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")

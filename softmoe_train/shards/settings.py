@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -133,7 +134,7 @@ class MakeSettings(Making):
             problems.append(
                 f"root={self.root} is not a folder; correct the path (relative ones start at {os.getcwd()})"
             )
-        return problems + _from_problems(self.source, self.from_)
+        return problems + _from_problems(self.source, self.from_, self.out)
 
     def files(self) -> list[str]:
         """The archives or parquet files that `from` names, in a fixed order."""
@@ -141,7 +142,7 @@ class MakeSettings(Making):
         return _files(self.source, self.from_)
 
 
-def _from_problems(source: SourceKind, given: str | None) -> list[str]:
+def _from_problems(source: SourceKind, given: str | None, out: str | None) -> list[str]:
     if given is None:
         return [
             "from is not set; name the folder, archive, manifest or parquet file with the pictures, as in from=pictures"
@@ -149,7 +150,12 @@ def _from_problems(source: SourceKind, given: str | None) -> list[str]:
     start = f"correct the path (relative ones start at {os.getcwd()})"
     match source:
         case "folder":
-            return [] if os.path.isdir(given) else [f"from={given} is not a folder of pictures; {start}"]
+            if not os.path.isdir(given):
+                return [f"from={given} is not a folder of pictures; {start}"]
+            inside = out is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(given))
+            return [
+                f"out={out} lies in from={given}: what is made would be taken for pictures; give a folder outside it"
+            ] * inside
         case "manifest":
             problems = [] if os.path.isfile(given) else [f"from={given} is not a file; {start}"]
             if not given.endswith((".csv", ".tsv", ".jsonl")):

@@ -14,9 +14,11 @@ def told_of(settings: MakeSettings, made: Made) -> str:
     for name, (shards, samples) in made.splits.items():
         lines.append(f"  {name}: {samples:,} pictures in {shards:,} {'shard' if shards == 1 else 'shards'}")
     if made.classes is not None:
-        lines.append(f"  {made.classes:,} classes, by name in {out}/{CLASSES}")
+        lines.append(f"  {made.classes:,} {'class' if made.classes == 1 else 'classes'}, by name in {out}/{CLASSES}")
     if made.left_out:
-        lines.append(f"  {made.left_out:,} files were left out, each with its reason in {out}/{LEFT_OUT}")
+        lines.append(
+            f"  {made.left_out:,} {'file was' if made.left_out == 1 else 'files were'} left out, each with its reason in {out}/{LEFT_OUT}"
+        )
     keys = [f"data.train={_spec(out, settings.name)}"]
     if settings.held_out in made.splits:
         keys.append(f"data.test={_spec(out, settings.held_out)}")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from webdataset.gopen import gopen
 
-from softmoe_train.data import Batch, Cursor, WebDatasetConfig, build_eval_stream, build_stream
+from softmoe_train.data import Batch, Cursor, UselessShardsError, WebDatasetConfig, build_eval_stream, build_stream
 from softmoe_train.data.order import Order
 from softmoe_train.data.records import InceptionCrop, PaddedCrop, Resize, ResizeCentralCrop
 from tests.unit.data.conftest import encoded, numbered_picture, numbers_of, settings, write_tar
@@ -251,7 +251,7 @@ def test_more_broken_samples_than_allowed_stop_the_run(tmp_path: Path) -> None:
         given.extend(len(batch.broken) for batch in islice(stream(cfg, batch=4), 20))
 
     with pytest.raises(
-        RuntimeError, match=r"1\d broken samples .* data\.max_broken=9; the last were\n  some-broken\.tar "
+        UselessShardsError, match=r"1\d broken samples .* data\.max_broken=9; the last were\n  some-broken\.tar "
     ):
         count_broken()
     # One batch after that which is too much is still given: a run ends in good order with it.
@@ -260,7 +260,7 @@ def test_more_broken_samples_than_allowed_stop_the_run(tmp_path: Path) -> None:
 
 def test_shards_without_a_single_good_sample_stop_the_run_instead_of_searching_for_ever(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "bad.tar", [(f"{n}.png", b"x") for n in range(50)])
-    with pytest.raises(RuntimeError, match=r"of bad\.tar cannot be read .* do not hold what `data` says"):
+    with pytest.raises(UselessShardsError, match=r"of bad\.tar cannot be read .* do not hold what `data` says"):
         next(iter(stream(settings(train=str(path), max_broken=1000))))
 
 
