@@ -65,7 +65,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         engine = build_engine(config, topology, device)
         clock.done("engine")
         _index(config, world)
-        stream = _stream(config, world)
+        stream = _stream(config, world, device)
         evaluators = _evaluators(config, world, watch)
         clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
@@ -168,7 +168,7 @@ def _index(config: RunConfig, world: World) -> None:
         raise ConfigError(problems)
 
 
-def _stream(config: RunConfig, world: World) -> ImageStream:
+def _stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:
     return build_stream(
         config.data,
         image_size=config.model.image_size,
@@ -177,6 +177,7 @@ def _stream(config: RunConfig, world: World) -> ImageStream:
         global_batch=config.batch_size,
         rank=world.rank,
         world=world.size,
+        pinned=device.type == "cuda",
     )
 
 
