@@ -3,10 +3,10 @@
 Nothing in a step waits for the device: reports hold tensors, which are read only where a report is written or a save is due.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,12 +20,11 @@ from softmoe_train.dist import sum_over_world
 from softmoe_train.engine.protocol import Engine, GradStats
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import NONE_YET, BadData, BadSteps, BadStepsConfig, may_stand, past
+from softmoe_train.faults.broken import NONE_BROKEN, BrokenSamples, BrokenWatch, Budget
 from softmoe_train.faults.step_watch import StepWatch
 from softmoe_train.model.routing import MEASURES
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter, StallWatch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,6 +38,7 @@ class TrainState:
     wandb_id: str
     skipped_updates: int = 0  # no-ops for a loss or gradient that was not finite, as of the last look at them
     broken_samples: int = 0  # replaced while training, over all ranks, as of the last report
+    broken: BrokenSamples = NONE_BROKEN  # where they are
     best: Best | None = None  # the checkpoint that is kept for its value
     bad_steps: BadSteps = NONE_YET  # the data that is passed over, and what the next bad step is judged by
 
@@ -51,6 +51,7 @@ class TrainState:
             "wandb_id": self.wandb_id,
             "skipped_updates": self.skipped_updates,
             "broken_samples": self.broken_samples,
+            "broken": self.broken.model_dump(),
             "best": None if self.best is None else self.best.to_json(),
             "bad_steps": self.bad_steps.model_dump(),
         }
@@ -58,8 +59,8 @@ class TrainState:
     def restore(self, document: object) -> None:
         """Take over what `loop_document` wrote; raises CheckpointError for anything else."""
         expected = self.loop_document()
-        # A checkpoint from before there was a best, or before bad steps were told apart, lacks those keys alone.
-        added = {"best": None, "bad_steps": NONE_YET.model_dump()}
+        # A checkpoint from before there was a best, or before bad steps or broken samples were told apart, lacks those keys alone.
+        added = {"best": None, "bad_steps": NONE_YET.model_dump(), "broken": NONE_BROKEN.model_dump()}
         saved: dict[str, Any] = {**added, **document} if isinstance(document, dict) else {}
         if set(saved) != set(expected):
             keys = f"it holds {', '.join(saved) or 'nothing'}; this version reads {', '.join(expected)}"
@@ -75,6 +76,10 @@ class TrainState:
             self.bad_steps = BadSteps.model_validate(saved["bad_steps"])
         except ValueError as error:
             raise CheckpointError("not a record of bad steps", [f"bad_steps: {saved['bad_steps']}"]) from error
+        try:
+            self.broken = BrokenSamples.model_validate(saved["broken"])
+        except ValueError as error:
+            raise CheckpointError("not a record of broken samples", [f"broken: {saved['broken']}"]) from error
 
 
 class Evaluator(Protocol):
@@ -94,6 +99,10 @@ class StopRequest(Protocol):
         """Why to stop after this step, or None: the same on every rank, each of which must ask once a step."""
         ...
 
+    def end_for_broken_samples(self) -> None:
+        """Have this rank want the run to end because of its data."""
+        ...
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,6 +117,8 @@ class Plan:
     best: str | None  # "highest METRIC" or "lowest METRIC", of what evaluators measure: that checkpoint is kept
     bad_steps: BadStepsConfig
     bad_batches: BadBatches | None  # where bad steps are written down; None on all ranks but the first
+    budget: Budget | None  # of broken samples; None for data that has none
+    broken_file: Path | None  # where they are written down; None on all ranks but the first
     expert_blocks: Sequence[int]  # whose routers may tell something
     documents: Mapping[str, Any]  # saved beside the loop state: the resolved run, the stream's fingerprint
 
@@ -142,7 +153,8 @@ def fit(
 ) -> str | BadData:
     """Train from `state` to the plan's last step; returns why it ended: "complete", "stopped", or what `stop` says.
 
-    Or it returns the bad data to pass over: the caller goes back to a state from before it, and calls again.
+    Or it returns the bad data to pass over: the caller goes back to a state from before it, and calls again. Raises
+    TooManyBrokenError on every rank where more samples were broken than the run bears, once that step is saved.
     """
     if state.step == 0 and plan.bad_steps.then == "rollback":
         _save(
@@ -150,7 +162,9 @@ def fit(
         )  # before workers start; or there is nothing to go back to, until the first checkpoint
     device = state.engine.device
     meter, stalls, watch = Meter(device), StallWatch(), StepWatch(plan.bad_steps, plan.bad_batches, log)
-    broken = 0
+    broken = BrokenWatch(plan.budget, plan.broken_file, log)
+    if state.step < plan.last:
+        broken.check(state.broken_samples, state.images_seen, state.broken, state.step)
     batches = batches_from(state, stream)
     asked, begun = None, state.step
     while state.step < plan.last and not asked:
@@ -164,7 +178,9 @@ def fit(
         state.images_seen += state.cursor.position - begin
         meter.step(state.cursor.position - begin)
         watch.see(state.step, begin, state.cursor.position, report.loss, report.grads.skipped)
-        broken += _name_broken(batch)
+        broken.see(batch)
+        if broken.over(state.broken_samples):
+            stop.end_for_broken_samples()
         if state.step == begun + 1:
             log.first_step()
         asked = stop.agreed()
@@ -189,12 +205,14 @@ def fit(
             stalled = stalls.see(rates)
             if stalled is not None:
                 log.warn(f"step {state.step}: {stalled}")
-            broken = 0
+        spent = reports and broken.spent(state.broken_samples, state.images_seen)  # by what all ranks have just told
         with meter.paused():
             measured = _measure(state, due, log)
-            if last or asked or (saves and _may_save(state, plan, log)):
+            if last or asked or spent or (saves and _may_save(state, plan, log)):
                 state.best = best_of(plan.best, saver.settle(state.best), state.step, measured)
-                _save(state, plan, saver.save if last or asked else saver.begin)
+                _save(state, plan, saver.save if last or asked or spent else saver.begin)
+        if spent:
+            broken.check(state.broken_samples, state.images_seen, state.broken, state.step)
     return "complete" if state.step >= plan.steps else asked or "stopped"
 
 
@@ -236,10 +254,14 @@ def _save(state: TrainState, plan: Plan, save: Callable[..., None]) -> None:
     save(state.step, state.engine.state_dict(), {**plan.documents, "loop": state.loop_document()}, state.best, before)
 
 
-def _train_metrics(state: TrainState, plan: Plan, report: StepReport, lr: float, broken: int) -> dict[str, float]:
+def _train_metrics(
+    state: TrainState, plan: Plan, report: StepReport, lr: float, broken: BrokenWatch
+) -> dict[str, float]:
     """One step's measures and the counts so far, equal on every rank; reads the device."""
-    loss, samples = sum_over_world(torch.stack([report.loss, report.loss.new_tensor(broken)])).tolist()
-    state.broken_samples += int(samples)
+    loss, samples = sum_over_world(torch.stack([report.loss, report.loss.new_tensor(broken.unread)])).tolist()
+    if samples:  # the same on every rank, and so is who gathers
+        state.broken_samples += int(samples)
+        state.broken = broken.gather(state.broken)
     metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": report.grads.norm.item()}
     counts: dict[str, float] = {
         "train/skipped_updates": state.skipped_updates,
@@ -247,7 +269,7 @@ def _train_metrics(state: TrainState, plan: Plan, report: StepReport, lr: float,
         "data/broken_samples": state.broken_samples,
     }
     metrics |= {name: count for name, count in counts.items() if count}
-    return metrics | _routing_metrics(plan.expert_blocks, report.grads.told)
+    return metrics | state.broken.measures() | _routing_metrics(plan.expert_blocks, report.grads.told)
 
 
 def _routing_metrics(blocks: Sequence[int], told: Tensor | None) -> dict[str, float]:
@@ -259,10 +281,3 @@ def _routing_metrics(blocks: Sequence[int], told: Tensor | None) -> dict[str, fl
     for block, of in zip(blocks, measures, strict=True):
         metrics |= {f"router/{block}/{name}": value for name, value in of.items()}
     return metrics
-
-
-def _name_broken(batch: Batch) -> int:
-    for sample in batch.broken:
-        # Not through the run's log: that is rank 0's, and every rank reads samples of its own.
-        logger.warning("replaced a broken sample: %s %s: %s", sample.shard, sample.key, sample.reason)
-    return len(batch.broken)

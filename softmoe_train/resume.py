@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from softmoe_train.changes import changed_settings
 from softmoe_train.checkpoint import CheckpointError, DamagedError
 from softmoe_train.checkpoint.audit import Audit, layout_words
 from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.store import CheckpointStore
-from softmoe_train.config import ConfigError
+from softmoe_train.config import ConfigError, flat
 from softmoe_train.data import ImageStream
 from softmoe_train.faults.bad_steps import REMEDY, BadData, BadStepsError
 from softmoe_train.loop import TrainState
-from softmoe_train.settings import RunConfig, changed_settings
+from softmoe_train.settings import RunConfig
 from softmoe_train.warm.start import Warmed, start_warm
 
 LEFT_OUT = {  # by whether the checkpoint has averaged weights, where one side alone has
@@ -68,12 +69,7 @@ def _restore(path: Place, config: RunConfig, state: TrainState, store: Checkpoin
     documents = store.read_documents(path)
     same_samples = documents["stream"] == stream.fingerprint()
     if not same_samples and not config.allow_changes:
-        raise ConfigError(
-            [
-                f"data.train gives other samples than {path} was trained on: {stream.fingerprint()} now, "
-                f"{documents['stream']} then; give the same shards, another run_dir, or allow_changes=true"
-            ]
-        )
+        raise ConfigError([_other_samples(path, stream.fingerprint(), documents["stream"])])
     saved = documents["config"] if isinstance(documents["config"], dict) else {}
     averaged = saved.get("average") is not None
     # Where only one side has averaged weights they are left aside.
@@ -82,6 +78,10 @@ def _restore(path: Place, config: RunConfig, state: TrainState, store: Checkpoin
     read = store.load(path, tensors, prefix=kinds)
     state.engine.load_state_dict(tensors)
     state.restore(documents["loop"])
+    try:
+        stream.seek(state.cursor)
+    except ValueError as error:  # other streams, of which no batch begins there
+        raise ConfigError([str(error)]) from None
     if state.best is not None and not store.holds(state.best.step):
         # It made way for a better one that was damaged, or somebody deleted it: keep the best of those that come.
         state.best = None
@@ -96,6 +96,18 @@ def _restore(path: Place, config: RunConfig, state: TrainState, store: Checkpoin
         left_out="" if len(kinds) == 1 else LEFT_OUT[averaged],
         changed=changed if same_samples else [*changed, "data.train, which gives other samples"],
         set_aside=[],
+    )
+
+
+def _other_samples(path: Place, now: dict[str, object], then: object) -> str:
+    """What a person is told of data that is not what the checkpoint was trained on: what differs, and both fingerprints."""
+    old, new = flat(then if isinstance(then, dict) else {}), flat(now)
+    apart = [
+        f"{key}={new.get(key)} (was {old.get(key)})" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
+    return (
+        f"data.train gives other samples than {path} was trained on: {', '.join(apart)}. The fingerprints are {now} now, {then} then; "
+        f"give the same shards and settings, another run_dir, or allow_changes=true to go on with these from the same position"
     )
 
 

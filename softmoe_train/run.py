@@ -15,7 +15,15 @@ from softmoe_train.checkpoint.audit import Audit
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
-from softmoe_train.data import Cursor, ImageStream, build_eval_stream, build_stream, make_indexes
+from softmoe_train.data import (
+    Cursor,
+    ImageStream,
+    SyntheticConfig,
+    build_eval_stream,
+    build_stream,
+    left_out,
+    make_indexes,
+)
 from softmoe_train.dist import World, control_group, gather_over_world, gather_texts, pick_device, process_group
 from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
@@ -25,6 +33,7 @@ from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import BadData, BadStepsError
+from softmoe_train.faults.broken import Budget
 from softmoe_train.faults.claim import Claim, claim
 from softmoe_train.faults.hang import Watch, watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
@@ -39,7 +48,7 @@ from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.resume import go_back, resume
-from softmoe_train.settings import RunConfig, TorchEngineConfig, decided
+from softmoe_train.settings import BROKEN_FILE, RunConfig, TorchEngineConfig, decided
 from softmoe_train.warm.start import ACCOUNT, Warmed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +85,8 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         log = watch.log = _log(config, held, state, resumed=resumed, startup=startup)
         clock.done("log and W&B")
         log.message(_description(config, engine, topology))
+        for told in _left_out(config, world):
+            log.message(told)
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
             watch.begin(state)
@@ -168,8 +179,16 @@ def _index(config: RunConfig, world: World) -> None:
         raise ConfigError(problems)
 
 
+def _left_out(config: RunConfig, world: World) -> list[str]:
+    """What is to be told of samples that are not read, by the one rank that tells it."""
+    if isinstance(config.data, SyntheticConfig) or not world.main:
+        return []
+    return left_out(config.data, needs_test=config.evals.upstream is not None)
+
+
 def _stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:
-    return build_stream(
+    """The training stream of this rank; raises ConfigError where the hosts do not see the same samples."""
+    stream = build_stream(
         config.data,
         image_size=config.model.image_size,
         num_classes=config.model.num_classes,
@@ -179,6 +198,14 @@ def _stream(config: RunConfig, world: World, device: torch.device) -> ImageStrea
         world=world.size,
         pinned=device.type == "cuda",
     )
+    seen = gather_texts([json.dumps(stream.fingerprint(), sort_keys=True)])
+    if len(seen) > 1:
+        raise ConfigError(
+            [
+                f"data.train: the ranks do not see the same shards ({' and '.join(seen)}); give every host the same files, or one URL"
+            ]
+        )
+    return stream
 
 
 def _evaluators(config: RunConfig, world: World, watch: Watch) -> dict[str, Evaluator]:
@@ -327,6 +354,14 @@ def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
         best=config.checkpoint.best,
         bad_steps=config.bad_steps,
         bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
+        budget=_budget(config),
+        broken_file=config.folder / BROKEN_FILE if world.main else None,
         expert_blocks=moe_blocks(config.model.moe.blocks, config.model.depth),
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )
+
+
+def _budget(config: RunConfig) -> Budget | None:
+    if isinstance(config.data, SyntheticConfig):
+        return None
+    return Budget(count=config.data.max_broken, fraction=config.data.max_broken_fraction)

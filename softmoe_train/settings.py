@@ -2,21 +2,21 @@
 
 import math
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 
+from softmoe_train.changes import changed_settings
 from softmoe_train.checkpoint.agreement import CheckpointError, DamagedError
 from softmoe_train.checkpoint.best import metric_of
 from softmoe_train.checkpoint.folder import checkpoints_of, step_folders, step_of
 from softmoe_train.checkpoint.remote import Place, RemotePath, place_of
 from softmoe_train.checkpoint.saver import RETRY_SECONDS
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
-from softmoe_train.config import Record, flat
-from softmoe_train.data import DataConfig, check_data
+from softmoe_train.config import Record
+from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
 from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
 from softmoe_train.faults.bad_steps import BadStepsConfig
@@ -35,6 +35,9 @@ from softmoe_train.warm.start import warm_problems
 
 Positive = Annotated[int, Field(ge=1)]
 Minutes = Annotated[float, Field(gt=0)]
+
+
+BROKEN_FILE = "broken_samples.jsonl"  # of a run folder
 
 
 class TorchEngineConfig(Record):
@@ -116,25 +119,6 @@ class RunConfig(Record):
         return without_secrets(self.model_dump())
 
 
-# What a continued run may change freely: where and how it computes, what it reports. All else shapes the numbers, and so does
-# the one of `parallel` that rounds.
-SHAPING = {"parallel.exchange_dtype"}
-FREE = {
-    "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "device", "compile",
-    "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.cache", "data.workers",
-    "data.prefetch", "data.max_broken",
-}  # fmt: skip
-# Shards may be moved: what they hold is in the stream's fingerprint.
-SHARDS_OF_A_SOURCE = re.compile(r"data\.mixture\.[^.]+\.shards")
-
-# What a setting was before there was a choice: a checkpoint from then lacks the key.
-BEFORE = {
-    "data.scaled_decode": False,
-    "data.train_transform.arithmetic": "float32",
-    "data.test_transform.arithmetic": "float32",
-}
-
-
 def _retry_problems(config: RunConfig) -> list[str]:
     """Why the tries of a last save would look like a hang."""
     seconds = (config.checkpoint.max_failures - 1) * RETRY_SECONDS
@@ -171,7 +155,27 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         world=size,
         needs_test=config.evals.upstream is not None,
     )
+    problems += _label_problems(config)
     return problems + (_folder_problems(config) or _resume_problems(config))
+
+
+def _label_problems(config: RunConfig) -> list[str]:
+    """Why the labels of the data are not those of the model, or of a loss."""
+    if isinstance(config.data, SyntheticConfig):
+        return []
+    if config.data.labels == "none":
+        return [
+            "data.labels=none: every loss of `softmoe train` is of labels; use hard or multi_hot (pairs without labels are for programs "
+            "that read them through softmoe_train.data)"
+        ]
+    problems = check_labels(config.data, config.model.num_classes)
+    quarantine = config.data.quarantine
+    if quarantine is not None and os.path.realpath(quarantine) == os.path.realpath(config.folder / BROKEN_FILE):
+        problems.append(
+            f"data.quarantine={quarantine} is a file that this run itself writes, and it decides the order of its samples; copy it to another "
+            f"place, and name that"
+        )
+    return problems
 
 
 def compute_problems(config: RunConfig, size: int, local_size: int) -> list[str]:
@@ -376,20 +380,3 @@ def _newest_config(folder: Place) -> tuple[Place | None, object]:
         except DamagedError:
             continue
     return None, None
-
-
-def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that shape a run's numbers and differ between two saved configurations, each with both values."""
-    old, new = flat(saved), flat(now)
-    old = {key: value for key, value in BEFORE.items() if key in new} | old
-    return [
-        f"{key}={new.get(key)} (was {old.get(key)})"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not _is_free(key)
-    ]
-
-
-def _is_free(key: str) -> bool:
-    if key in SHAPING:
-        return False
-    return key in FREE or key.startswith(tuple(f"{one}." for one in FREE)) or bool(SHARDS_OF_A_SOURCE.fullmatch(key))

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "softmoe_train"
 FLOORS = {
-    "config": -1, "dist": -1, "redact": -1, "stores": -1,
+    "config": -1, "dist": -1, "redact": -1, "plain": -1, "stores": -1,
     "model": 0, "data": 0, "optim": 0, "observe": 0,
     "parallel": 1, "faults": 1, "launching": 1, "shards": 1,
     "engine": 2, "checkpoint": 2,
@@ -16,6 +16,7 @@ FLOORS = {
     "warm": 3,  # weights from elsewhere
     "evals": 4,
     "asked": 4.5,  # what was asked for in so many words
+    "changes": 4.4,  # which settings may change under a run
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
     "resume": 4.7,  # from which checkpoint run.py goes on
     "run": 5, "worlds": 5,

@@ -40,11 +40,13 @@ INSPECT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step),
 
 SHARDS_EPILOG = """tasks: {tasks}
 
-each has keys of its own (conf/shards_*.yaml, with a line for each), all take processes= and progress=
+each has keys of its own (conf/shards_*.yaml, a line for each), check those of a run too; all take processes= and progress=
   softmoe shards make from=pictures out=shards/mine test_fraction=0.1
   softmoe shards make source=archives from=ILSVRC2012_img_train.tar out=shards/imagenet resize=512
   softmoe shards make source=manifest from=list.csv out=shards/listed
-  softmoe shards make source=parquet from=downloads/data out=shards/hub"""
+  softmoe shards make source=parquet from=downloads/data out=shards/hub
+  softmoe shards check data.train=shards/mine model.num_classes=10 quarantine=bad.jsonl
+  softmoe shards index data=shards/mine verify=true"""
 
 EXPORT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), out=FILE.safetensors, weights=model or average,
 experts=together or separate (a file for each expert beside it)
@@ -108,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     measuring.add_argument("what", choices=list(MEASURES), help="what to measure")
     tasks = "".join(f"\n  {name:<6} {text}" for name, text in TASKS.items())
-    sharding = verb("shards", "make shards from pictures", SHARDS_EPILOG.format(tasks=tasks))
+    sharding = verb(
+        "shards",
+        "make shards from pictures, look through them, publish what they hold: make, check, index",
+        SHARDS_EPILOG.format(tasks=tasks),
+    )
     sharding.add_argument("what", choices=list(TASKS), help="what to do")
     inspecting = verb(
         "inspect", "what is in a checkpoint, whether it is whole, how it differs from another", INSPECT_EPILOG

@@ -6,20 +6,22 @@ import sys
 from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError, compose, compose_own, split_overrides
 from softmoe_train.data import SyntheticConfig
+from softmoe_train.data.labels import check_labels
 from softmoe_train.settings import RunConfig
-from softmoe_train.shards import MakeSettings, ShardsError, make_shards
+from softmoe_train.shards import StoppedError, make_shards
 from softmoe_train.shards.build import build_source, read_classes
 from softmoe_train.shards.check import check_shards, specs_of
 from softmoe_train.shards.histogram import draw_checked
-from softmoe_train.shards.make import asked_of
+from softmoe_train.shards.index import index_data
 from softmoe_train.shards.report import print_checked, read_quarantine, write_document, write_quarantine
-from softmoe_train.shards.settings import CheckSettings
+from softmoe_train.shards.settings import CheckSettings, IndexSettings, MakeSettings
 from softmoe_train.shards.told import told_of
 
 FAILED = 1
 TASKS = {
     "make": "pictures in folders, ImageNet's archives, a manifest or parquet files become shards of even size",
     "check": "every byte of shards is read, every picture decoded: what is wrong with which sample, and what they can feed",
+    "index": "what each tar holds is published beside it, so that nobody need read it to know; or that index is proved",
 }
 SIZES = ("shards", "shard_mib")  # either takes the place of samples_per_shard
 
@@ -32,8 +34,10 @@ def shards(what: str, overrides: list[str]) -> int:
                 return _make(overrides)
             case "check":
                 return _check(overrides)
+            case "index":
+                return _index(overrides)
         raise AssertionError(what)
-    except ShardsError as error:
+    except StoppedError as error:
         print(f"softmoe shards {what}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -57,7 +61,7 @@ def _make(overrides: list[str]) -> int:
             problems += str(error).split("\n")
     if settings is None or source is None or problems:
         raise ConfigError(problems)
-    print(told_of(settings, make_shards(source, settings, asked=asked_of(settings), classes=classes)), flush=True)
+    print(told_of(settings, make_shards(source, settings, classes=classes)), flush=True)
     return 0
 
 
@@ -90,7 +94,7 @@ def _check_problems(settings: CheckSettings | None, run: RunConfig) -> list[str]
     """What keeps these shards from being looked through; what would keep them from being trained on is told by the check."""
     if isinstance(run.data, SyntheticConfig):
         return ["data=synthetic has no shards to check; choose another data"]
-    problems = []
+    problems = check_labels(run.data, run.model.num_classes)
     try:
         specs_of(run.data)
     except ValueError as error:
@@ -101,6 +105,24 @@ def _check_problems(settings: CheckSettings | None, run: RunConfig) -> list[str]
     except (ValueError, OSError) as error:
         problems.append(str(error))
     return problems
+
+
+def _index(overrides: list[str]) -> int:
+    settings, problems = compose_own(IndexSettings, "shards_index.yaml", overrides)
+    problems += _launcher_problems("index") + ([] if settings is None else settings.problems())
+    if settings is None or problems:
+        raise ConfigError(problems)
+    done = index_data(settings)
+    for problem in done.problems:
+        print(f"softmoe shards index: {problem}", file=sys.stderr)
+    told = f"{done.shards:,} shards with {done.samples:,} samples"
+    if settings.verify:
+        print(f"{', '.join(done.indexes)}: {told} read again, {len(done.problems) or 'no'} differences")
+    elif done.indexes:
+        print(f"{', '.join(done.indexes)}: {told}")
+    else:
+        print(f"nothing was published: {len(done.problems):,} of the tars are damaged")
+    return FAILED if done.problems else 0
 
 
 def _launcher_problems(what: str) -> list[str]:

@@ -15,6 +15,7 @@ from softmoe_train.commands.workers import Verb, as_worker, run_verb, under_a_la
 from softmoe_train.config import as_yaml, compose
 from softmoe_train.dist import World
 from softmoe_train.faults.bad_steps import BadStepsError
+from softmoe_train.faults.broken import TooManyBrokenError
 from softmoe_train.faults.stop import TIME_IS_UP
 from softmoe_train.launching.local import TOLD_CODES
 from softmoe_train.launching.meeting import End
@@ -65,7 +66,7 @@ def _train(config: RunConfig, overrides: list[str], world: World, startup: Start
         print(f"softmoe train: {told}", file=sys.stderr, flush=True)
     try:
         reason = train_rank(config, world, startup)
-    except (CheckpointError, BadStepsError) as error:
+    except (CheckpointError, BadStepsError, TooManyBrokenError) as error:
         if world.main:  # these are the same on every rank, and say all there is to say
             print(f"softmoe train: {error}", file=sys.stderr, flush=True)
         return End(TOLD_CODES[1], for_good=True)

@@ -2,7 +2,9 @@
 
 from softmoe_train.data.batch import Batch, Broken, Cursor, ImageStream
 from softmoe_train.data.build import build_eval_stream, build_stream, check_data, check_streams, make_indexes
+from softmoe_train.data.labels import check_labels
 from softmoe_train.data.records import DataConfig, SyntheticConfig, WebDatasetConfig
+from softmoe_train.data.sources import left_out
 
 __all__ = [
     "Batch",
@@ -15,6 +17,8 @@ __all__ = [
     "build_eval_stream",
     "build_stream",
     "check_data",
+    "check_labels",
     "check_streams",
+    "left_out",
     "make_indexes",
 ]

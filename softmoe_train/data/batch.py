@@ -38,11 +38,13 @@ class Cursor:
 
 
 class Broken(NamedTuple):
-    """A sample that could not be read: its shard, its key in the shard and why."""
+    """A sample that could not be read: its shard, its key in the shard and why, the shard's hash, and for which number it was read."""
 
     shard: str
     key: str
     reason: str
+    sha256: str
+    sample: int
 
 
 class StoredSample(NamedTuple):
@@ -59,7 +61,8 @@ class Batch:
 
     `labels` are class numbers, or rows over the classes: 0 and 1, or weights where images were mixed. `mask` is False on padding and unreadable rows,
     which only evaluation has. `sample_ids` are global sample numbers in training and image numbers in evaluation (-1 on
-    padding). `broken` names the samples of this batch that could not be read.
+    padding). `broken` names the samples of this batch that could not be read. `texts` has one for each row where
+    `data.text` asks for them ("" on padding and unreadable rows). Labels are -1 where `data.labels` is none.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -68,6 +71,7 @@ class Batch:
     sample_ids: Int64[Tensor, " B"]
     cursor: Cursor
     broken: tuple[Broken, ...]
+    texts: tuple[str, ...] | None = None  # most batches have none, and most that make them need not say so
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,6 +112,7 @@ class Batch:
                 self.sample_ids[start : start + size],
                 self.cursor,
                 self.broken if start == 0 else (),
+                None if self.texts is None else self.texts[start : start + size],
             )
             for start in range(0, len(self), size)
         ]

@@ -2,13 +2,14 @@
 
 from softmoe_train.data.batch import ImageStream
 from softmoe_train.data.catalog import Catalog
-from softmoe_train.data.index import Shard
+from softmoe_train.data.labels import build_labels, check_labels
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.places import check_places
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
 from softmoe_train.data.remote import Remote
-from softmoe_train.data.sources import NamedSpec, build_training, check_mixture, indexed, training_specs
+from softmoe_train.data.select import build_rules
+from softmoe_train.data.sources import NamedSpec, Source, build_training, check_mixture, indexed, training_specs
 from softmoe_train.data.stream import EvalStream, Pictures, Share, WebDatasetStream
 from softmoe_train.data.synthetic import SyntheticEvalStream, SyntheticPictures, SyntheticStream
 from softmoe_train.data.transforms import build_transform, check_transform, may_scale
@@ -16,7 +17,7 @@ from softmoe_train.data.workers import Decoding
 
 
 def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) -> list[str]:
-    """Index every `parts`-th tar from `part` on, so that processes that share a cache share the reading.
+    """Index every `parts`-th tar from `part` on, and choose among its samples, so that processes that share a cache share the reading.
 
     An index that is there already is not made again. Returns a message for each tar that cannot be read to its end.
     """
@@ -28,9 +29,11 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
             paths += catalog.paths(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
+    rules = build_rules(cfg)
     for path in list(dict.fromkeys(paths))[part::parts]:
         try:
-            list(catalog.shards([path], fresh=True))
+            for shard in catalog.shards([path], fresh=True):
+                rules.choose(shard, catalog)
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -64,10 +67,10 @@ def build_stream(
                 raise ValueError(problem)
             _check_transform(cfg.train_transform, image_size, "data.train_transform")
             catalog = Catalog(Remote(cfg.cache))
-            shards, order, facts = build_training(cfg, catalog, seed)
+            shards, chosen, order, facts = build_training(cfg, catalog, seed)
             scaled = cfg.scaled_decode and may_scale(cfg.train_transform)
             pictures = Pictures(
-                _reader(cfg, catalog, shards, num_classes),
+                _reader(cfg, catalog, Source(shards, chosen), num_classes),
                 build_transform(cfg.train_transform, image_size, scaled=scaled),
                 image_size,
                 seed,
@@ -89,7 +92,8 @@ def build_eval_stream(
         case WebDatasetConfig():
             _check_transform(cfg.test_transform, image_size, "data.test_transform")
             catalog = Catalog(Remote(cfg.cache))
-            reader = _reader(cfg, catalog, indexed(NamedSpec("data.test", cfg.test), catalog), num_classes)
+            source = indexed(NamedSpec("data.test", cfg.test), build_rules(cfg), catalog)
+            reader = _reader(cfg, catalog, source, num_classes)
             pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None, False)
             decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken, False)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
@@ -107,8 +111,31 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
             check_places(spec, key=key)
         except ValueError as error:
             problems.append(str(error))
+    problems += _check_meaning(cfg)
     problems += check_transform(cfg.train_transform, image_size, key="data.train_transform")
     return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
+
+
+def _check_meaning(cfg: WebDatasetConfig) -> list[str]:
+    """Why labels, texts and what is left out do not go together, or a file of them is no such file."""
+    problems = []
+    if cfg.labels == "none":
+        unread = {"data.classes": cfg.classes, "data.keep.labels": cfg.keep.labels, "data.mixup": cfg.mixup}
+        problems += [
+            f"data.labels=none with {key}={value}: labels are not read; set it to null, or data.labels to hard or multi_hot"
+            for key, value in unread.items()
+            if value is not None
+        ]
+    if cfg.text is not None and cfg.mixup is not None:
+        problems.append(
+            f"data.text={cfg.text} with data.mixup={cfg.mixup}: a text would describe one of the two images that are mixed; set one of "
+            f"them to null"
+        )
+    try:
+        build_rules(cfg)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _check_transform(transform: TransformConfig, image_size: int, key: str) -> None:
@@ -116,22 +143,35 @@ def _check_transform(transform: TransformConfig, image_size: int, key: str) -> N
         raise ValueError(problem)
 
 
-def _reader(cfg: WebDatasetConfig, catalog: Catalog, shards: list[Shard], num_classes: int) -> SampleReader:
-    return SampleReader(shards, catalog, labels=cfg.labels, num_classes=num_classes, max_pixels=cfg.max_pixels)
+def _reader(cfg: WebDatasetConfig, catalog: Catalog, source: Source, num_classes: int) -> SampleReader:
+    for problem in check_labels(cfg, num_classes):
+        raise ValueError(problem)
+    return SampleReader(
+        source.shards,
+        catalog,
+        labels=build_labels(cfg, num_classes),
+        text=cfg.text,
+        max_pixels=cfg.max_pixels,
+        kept=[one.kept for one in source.chosen],
+    )
 
 
 def check_streams(streams: int, global_batch: int, world: int) -> list[str]:
-    """Why `streams` cannot be read by `world` ranks, with those that could."""
+    """Why `streams` cannot be read by `world` ranks, with the streams and the numbers of ranks that could be."""
+    worlds = [n for n in range(1, streams + 1) if streams % n == 0 and global_batch % streams == 0]
+    these = (
+        f" With data.streams={streams} the legal numbers of ranks are {', '.join(map(str, worlds))}." if worlds else ""
+    )
     legal = [n for n in range(world, global_batch + 1, world) if global_batch % n == 0]
     if streams in legal:
         return []
     if not legal:
         return [
             f"the global batch of {global_batch} images does not divide into {world} ranks: every rank reads "
-            f"equally many; use a multiple of {world}."
+            f"equally many; use a multiple of {world}.{these}"
         ]
     rule = f"the number of ranks ({world}) must divide it, and it must divide the global batch ({global_batch})"
-    return [f"data.streams={streams}: {rule}; use one of {', '.join(map(str, legal))}."]
+    return [f"data.streams={streams}: {rule}; use one of {', '.join(map(str, legal))}.{these}"]
 
 
 def _check_mixup(cfg: DataConfig, global_batch: int, world: int) -> list[str]:

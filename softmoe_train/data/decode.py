@@ -6,17 +6,25 @@ first picture counts.
 """
 
 import io
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from softmoe_train.data.headers import (
+    costs_too_much,
+    exif_orientation,
+    jpeg_orientation,
+    pnm_problem,
+    xmp_orientation,
+)
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
-_EXIF_WITHIN = 1 << 17  # bytes from the start of a JPEG in which its EXIF block is looked for
-_ORIENTATION = 0x0112
+_EIGHT_BITS = ((np.arange(1 << 16) * 255 + 32767) // 65535).astype(np.uint8)  # of 16
 
 
 class UnreadableSampleError(Exception):
@@ -68,6 +76,7 @@ def open_image(data: bytes, *, max_pixels: int) -> Encoded:
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(int(height), int(width), max_pixels)
+            _check_cost(data, int(height) * int(width), max_pixels)
         except ValueError:
             colorspace = None
         if colorspace in ("YCbCr", "RGB", "Gray"):
@@ -76,9 +85,7 @@ def open_image(data: bytes, *, max_pixels: int) -> Encoded:
 
 
 def _open_jpeg(data: bytes, height: int, width: int, max_pixels: int) -> Encoded:
-    orientation = 1
-    if data.find(b"Exif\0\0", 0, _EXIF_WITHIN) >= 0:
-        orientation = _orientation(data)
+    orientation = jpeg_orientation(data)
 
     def decode(by: int) -> Reduced:
         try:
@@ -107,27 +114,40 @@ def _decode_jpeg(data: bytes, height: int, width: int, by: int) -> tuple[NDArray
     return simplejpeg.decode_jpeg(data, "RGB"), 1
 
 
-def _orientation(data: bytes) -> int:
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            orientation = picture.getexif().get(_ORIENTATION, 1)
-    except Exception as error:  # as below
-        raise UnreadableSampleError(f"not a readable picture ({type(error).__name__}: {error})") from None
-    return orientation if orientation in range(1, 9) else 1
-
-
 def _decode_by_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    problem = pnm_problem(data)
+    if problem is not None:
+        raise UnreadableSampleError(problem)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            _check_size(picture.height, picture.width, max_pixels)
-            orientation = picture.getexif().get(_ORIENTATION, 1)
-            return _upright(_to_rgb(picture), orientation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it says of damaged metadata, by the thousand, changes nothing here
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+                _check_size(picture.height, picture.width, max_pixels)
+                _check_cost(data, picture.height * picture.width, max_pixels)
+                return _upright(_to_rgb(picture), _orientation(picture.info))
+    except Image.DecompressionBombError:  # Pillow's own limit, looked at before ours
+        raise UnreadableSampleError(f"it has more pixels than Pillow or data.max_pixels={max_pixels} allow") from None
     except (UnreadableSampleError, MemoryError):
         raise
     except UnidentifiedImageError:  # its message holds a memory address
         raise UnreadableSampleError("not a readable picture (neither JPEG, PNG, WebP nor PNM)") from None
     except Exception as error:  # decoders raise a dozen types on damaged bytes, and each means the same
         raise UnreadableSampleError(f"not a readable picture ({type(error).__name__}: {error})") from None
+
+
+def _orientation(info: dict[str | tuple[int, int], Any]) -> int:
+    """Which way is up, by what Pillow has found beside the pixels."""
+    exif = info.get("exif")
+    if exif is None and "Raw profile type exif" in info:
+        exif = bytes.fromhex("".join(info["Raw profile type exif"].split("\n")[3:]))
+    xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
+    return exif_orientation(exif or b"") or xmp_orientation(xmp.encode() if isinstance(xmp, str) else xmp)
+
+
+def _check_cost(data: bytes, pixels: int, max_pixels: int) -> None:
+    problem = costs_too_much(data, pixels, max_pixels)
+    if problem is not None:
+        raise UnreadableSampleError(problem)
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -137,8 +157,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode.startswith("I"):  # 16-bit gray: "I;16", or "I" in older Pillow
-        gray = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        gray = ((gray * 255 + 32767) // 65535).astype(np.uint8)
+        gray = _EIGHT_BITS[np.asarray(picture).clip(0, 65535)]
         return np.repeat(gray[:, :, None], 3, axis=2)
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # straight to RGB warns

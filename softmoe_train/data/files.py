@@ -29,14 +29,16 @@ class ShardFiles:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict(), "_range": None}
 
-    def read(self, shard: int, offset: int, size: int, *, around: tuple[int, int]) -> bytes:
+    def read(self, shard: int, offset: int, size: int, *, around: Callable[[], tuple[int, int]]) -> bytes:
         """`size` bytes at `offset`; `around`, the bytes (first, end) of all of its sample, come with them where a range is asked for."""
         file = self._file(shard)
         if file is not None:
             return os.pread(file, size, offset)
         held, first, data = self._range or (shard, 0, b"")
         if held != shard or not first <= offset <= offset + size <= first + len(data):
-            first, end = around if around[1] - around[0] <= 2 * size + _GAP else (offset, offset + size)
+            first, end = around()
+            if end - first > 2 * size + _GAP:
+                first, end = offset, offset + size
             try:
                 data = self.remote.span(self._shards[shard], first, end - first)
             except NoRangesError:
@@ -47,11 +49,15 @@ class ShardFiles:
             self._range = (shard, first, data)
         return data[offset - first : offset - first + size]
 
-    def again(self, shard: int, offset: int, size: int) -> bytes:
-        """The same bytes, asked for anew where they came by a range: a copy and a disk say the same twice."""
-        if self._file(shard) is None:
+    def again(self, shard: int, offset: int, size: int, *, good: Callable[[bytes], bool]) -> bytes:
+        """The same bytes asked for anew, by as many tries as a URL is given; a copy and a disk say the same twice."""
+        data = b""
+        for _ in range(self.remote.cfg.attempts if self._file(shard) is None else 1):
             self._range = None
-        return self.read(shard, offset, size, around=(offset, offset + size))
+            data = self.read(shard, offset, size, around=lambda: (offset, offset + size))
+            if good(data):
+                break
+        return data
 
     def close(self) -> None:
         """Close every file."""

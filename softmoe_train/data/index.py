@@ -31,6 +31,7 @@ from webdataset.tariterators import group_by_keys
 from xxhash import xxh3_64
 
 from softmoe_train.data.places import ShardsError
+from softmoe_train.plain import plain
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pnm")
 # What a sample may consist of, by the suffixes of its members, the first of which counts.
@@ -40,6 +41,10 @@ _MAKE_A_SAMPLE = {*IMAGE_SUFFIXES, "cls"}  # a key with none of these, a README 
 _FORMAT = 2  # part of a cache file's name: raise it when the index changes
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
 _BLOCK = 1 << 20  # bytes of one read
+_LONGEST_HEADER = 1 << 20  # bytes of a long name or a PAX header, which tarfile holds in memory whole
+# tarfile's patterns take the square of a number's digits to find that it is none; a name has at most 255 characters.
+_LONG_NUMBER = re.compile(rb"[0-9]{256}")
+_MOST_GLOBALS = 1000  # PAX records that hold for all members behind them, which tarfile copies for each
 _AHEAD = 16  # blocks that may wait to be hashed
 
 
@@ -121,21 +126,33 @@ def _load(path: str, *, with_samples: bool) -> tuple[Shard, Samples | None]:
     name = json.dumps([_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns])
     cached = index_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
     try:
-        return _read_index(cached, with_samples=with_samples)
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or cut off by a full disk
+        shard, samples = _read_index(cached, with_samples=with_samples)
+        if (shard.size, shard.mtime_ns) == (facts.st_size, facts.st_mtime_ns):
+            return shard._replace(path=path), samples
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):  # absent, damaged, or cut off by a full disk
         pass
     shard, tensors = make_index(path, facts)
-    write_index(cached, tensors, {"shard": json.dumps(shard._asdict())})
+    write_index(cached, tensors, {"shard": json.dumps(shard._asdict()), "sum": _sum_of_all(tensors)})
     return shard, Samples(tensors) if with_samples else None
 
 
 def _read_index(file: Path, *, with_samples: bool) -> tuple[Shard, Samples | None]:
     with safe_open(file, framework="pt") as index:
         shard = Shard(**json.loads(index.metadata()["shard"]))
-        tensors = (
-            {name: index.get_tensor(name) for name in list(index.keys())} if with_samples else {}
-        )  # mapped, not read
-    return shard, Samples(tensors) if with_samples else None
+        if not with_samples:
+            return shard, None
+        tensors = {name: index.get_tensor(name) for name in list(index.keys())}  # mapped, not copied
+        if index.metadata()["sum"] != _sum_of_all(tensors):
+            raise ValueError(f"{file} is damaged")
+    return shard, Samples(tensors)
+
+
+def _sum_of_all(tensors: dict[str, torch.Tensor]) -> str:
+    digest = xxh3_64()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
 
 
 def index_folder() -> Path:
@@ -156,33 +173,52 @@ def index_folder() -> Path:
 
 
 def write_index(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write an index, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
+    """Write an index, whole or not at all; raises ShardsError where there is no room."""
     try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, SafetensorError) as error:  # a full disk, say
+        raise ShardsError(
+            f"an index of shards cannot be kept in {path.parent} ({error}): make room there, or set XDG_CACHE_HOME to a folder of your own."
+        ) from None
 
 
 def make_index(path: str, facts: os.stat_result, *, opened: int | None = None) -> tuple[Shard, dict[str, torch.Tensor]]:
     """Read a tar, which may be `opened` already, to its end; raises ValueError, which names `path`, where it is damaged."""
     source = path if opened is None else opened
     try:
-        with open(source, "rb", buffering=0, closefd=opened is None) as file, ThreadPoolExecutor(1) as hashing:
+        # Not to wait for somebody to write, where a pipe has taken the place of the file.
+        with (
+            open(source, "rb", buffering=0, closefd=opened is None, opener=_open_without_waiting) as file,
+            ThreadPoolExecutor(1) as hashing,
+        ):
             reading = _Reading(file, hashing)
             groups = [
                 group for group in group_by_keys(_members(reading, facts.st_size)) if _MAKE_A_SAMPLE & group.keys()
             ]
-            digest = reading.finish()
+            digest, now = reading.finish(), os.fstat(file.fileno())
     except (tarfile.TarError, ValueError, EOFError, OverflowError, LookupError) as error:
-        reason = error.args[0] if error.args else error  # webdataset appends arguments of its own
+        reason = plain(error.args[0] if error.args else error)  # webdataset appends arguments of its own
         raise ShardsError(
             f"{path} is not a whole, uncompressed tar of samples ({reason}): copy or write it again."
         ) from None
+    except RecursionError:
+        raise ShardsError(f"{path} has headers before headers without end: copy or write it again.") from None
+    except OSError as error:
+        raise ShardsError(f"{path} cannot be read ({error.strerror}): check its permissions and disk.") from None
+    if (now.st_size, now.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns):
+        raise ShardsError(f"{path} changed while it was indexed: shards must stay as they are; start again.")
     return Shard(path, len(groups), digest, facts.st_size, facts.st_mtime_ns), _as_tensors(groups)
+
+
+def _open_without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def _as_tensors(groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -205,17 +241,24 @@ def _members(reading: "_Reading", size: int) -> Iterator[dict[str, object]]:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header of the tar in memory
             if member.offset_data <= end or member.size < 0 or member.offset_data + member.size > size:
-                raise ValueError(f"member {member.name!r} reaches outside the file")
+                raise ValueError(f"member '{plain(member.name)}' reaches outside the file")
             end = member.offset_data
-            if not member.isreg() or _META.match(member.name):
+            if len(tar.pax_headers) > _MOST_GLOBALS:
+                raise ValueError(f"it has more than {_MOST_GLOBALS} global PAX records")
+            if member.isdir() or _META.match(member.name):
+                continue
+            if not member.isreg():  # a link, say: a sample that consists of these is there, without the parts
+                yield {"fname": member.name, "data": (-1, -1, 0), "__url__": reading.name}
                 continue
             if member.issparse():
-                raise ValueError(f"member {member.name!r} is stored sparse")
+                raise ValueError(f"member '{plain(member.name)}' is stored sparse")
             where = (member.offset_data, member.size, reading.sum_of_next(member.size))
             yield {"fname": member.name, "data": where, "__url__": reading.name}
-        # tarfile takes a damaged or missing header for the end; a whole tar ends in a block of zeros.
+        # tarfile takes a damaged or missing header for the end; a whole tar ends in blocks of zeros, and nothing follows.
         if reading.at(tar.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[attr-defined]
             raise ValueError(f"it breaks off or is damaged at byte {tar.offset}")  # type: ignore[attr-defined]
+        if not reading.rest_is_zero():
+            raise ValueError(f"it goes on behind its end at byte {tar.offset}: damaged, or two tars in one file")  # type: ignore[attr-defined]
 
 
 class _Reading:
@@ -237,7 +280,17 @@ class _Reading:
         return self._end - len(self._block) + self._at
 
     def read(self, size: int) -> bytes:
-        return b"".join(self._views(size))
+        """Bytes of headers: what members hold is passed over."""
+        if size > _LONGEST_HEADER:
+            raise ValueError(f"a header at byte {self.tell()} says that it is {size} bytes long")
+        data = b"".join(self._views(size))
+        if size > tarfile.BLOCKSIZE and _LONG_NUMBER.search(data):
+            raise ValueError(f"a header before byte {self.tell()} holds a number without end")
+        return data
+
+    def rest_is_zero(self) -> bool:
+        """Read what is left; whether all of it is zeros."""
+        return not any(np.frombuffer(view, np.uint8).any() for view in self._views(1 << 62))
 
     def seek(self, offset: int) -> None:
         """Read up to `offset`, or to the end of the file; tarfile never goes back."""

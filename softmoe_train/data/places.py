@@ -11,16 +11,21 @@ from typing import Protocol
 
 from braceexpand import braceexpand
 
+from softmoe_train.plain import plain
 from softmoe_train.redact import without_secrets
 from softmoe_train.stores import URL, driver_problem, url_problem
 
 KINDS = ("http", "https", "s3", "gs")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
+_LONGEST_MESSAGE = 4000  # characters
 _EXAMPLE = "https://HOST/train-{0000..0099}.tar or s3://BUCKET/FOLDER"
 
 
 class ShardsError(ValueError):
-    """What is wrong with shards, in one line that says what helps."""
+    """What is wrong with shards, in one line that says what helps; names that could steer a terminal are shown escaped."""
+
+    def __str__(self) -> str:
+        return plain(self.args[0], _LONGEST_MESSAGE)
 
 
 class Listing(Protocol):

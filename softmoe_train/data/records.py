@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from softmoe_train.config import Record
 
@@ -11,6 +11,7 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 ShardSpec = str | list[str]
+LabelKind = Literal["hard", "multi_hot", "none"]
 
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -95,8 +96,33 @@ class SourceConfig(Record):
     seed: Count  # of its own order, together with the run's
 
 
+class KeepConfig(Record):
+    """Which samples are read at all: those with one of `labels` and with `keys` in their key; null keeps all."""
+
+    labels: list[Count | str] | None  # numbers, or names of data.classes
+    keys: str | None  # a regular expression, which re.search must find in the key
+    renumber: bool  # a label's class is its place in `labels`; a sample's other labels are left out
+
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> Self:
+        if self.renumber and self.labels is None:
+            raise ValueError(
+                "data.keep.renumber=true with data.keep.labels=null: a class is its place in that list; give the list, or use false"
+            )
+        if self.labels is not None and not self.labels:
+            raise ValueError("data.keep.labels=[] keeps no sample; list the labels to keep, or use null for all")
+        if self.keys is not None:
+            try:
+                re.compile(self.keys)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"data.keep.keys={self.keys!r} is not a regular expression ({error}); correct it, or use null for all keys"
+                ) from None
+        return self
+
+
 class WebDatasetConfig(Record):
-    """Tar shards of pictures and `.cls` labels: where they are, in which order they are read, what is done to them."""
+    """Tar shards of pictures, labels and texts: where they are, in which order they are read, what is done to them."""
 
     kind: Literal["webdataset"]
     train: ShardSpec | None
@@ -108,7 +134,12 @@ class WebDatasetConfig(Record):
     block: PositiveInt  # samples of one contiguous run of tars
     workers: Count  # decode processes a rank; 0 decodes in the training process
     prefetch: PositiveInt  # batches a worker prepares ahead
-    labels: Literal["hard", "multi_hot"]
+    label: str  # cls, or json:FIELD.SUBFIELD
+    classes: str | None  # a file with the name of a class on each line: labels are then names
+    labels: LabelKind
+    text: str | None  # txt, or json:FIELD.SUBFIELD
+    keep: KeepConfig
+    quarantine: str | None  # a file of samples that are never read
     train_transform: TransformConfig
     test_transform: TransformConfig
     randaugment: RandAugment | None  # after train_transform
@@ -116,6 +147,17 @@ class WebDatasetConfig(Record):
     scaled_decode: bool  # a training JPEG is decoded at a half, a quarter or an eighth of its size where an inception crop allows it
     max_pixels: PositiveInt
     max_broken: Count
+    max_broken_fraction: Fraction | None  # of the images seen
+
+    @field_validator("label", "text")
+    @classmethod
+    def _a_member(cls, value: str | None, info: ValidationInfo) -> str | None:
+        plain = {"label": "cls", "text": "txt"}[str(info.field_name)]
+        if value is None or value == plain or (value.startswith("json:") and all(path_of(value) or [""])):
+            return value
+        raise ValueError(
+            f"data.{info.field_name}={value!r} is no part of a sample; use {plain}, or json:FIELD (json:FIELD.SUBFIELD inside it)"
+        )
 
     @field_validator("mixture")
     @classmethod
@@ -128,6 +170,12 @@ class WebDatasetConfig(Record):
         if mixture is not None and not mixture:
             raise ValueError("data.mixture={} holds no source; name one or more, or use null and data.train")
         return mixture
+
+
+def path_of(member: str) -> tuple[str, ...] | None:
+    """The path of a field in `json:FIELD.SUBFIELD`; None where the member itself is meant."""
+    kind, colon, path = member.partition(":")
+    return tuple(path.split(".")) if colon and kind == "json" else None
 
 
 class SyntheticConfig(Record):

@@ -7,6 +7,16 @@ from softmoe_train.data.index import Shard, data_hash
 from softmoe_train.data.mixture import MOST_PLACES, Mixture, reduced, source_seed
 from softmoe_train.data.order import Order
 from softmoe_train.data.records import ShardSpec, WebDatasetConfig
+from softmoe_train.data.remote import Remote
+from softmoe_train.data.select import (
+    Chosen,
+    Rules,
+    build_rules,
+    kept_facts,
+    nothing_left,
+    told_of_keep,
+    told_of_quarantine,
+)
 
 
 class NamedSpec(NamedTuple):
@@ -16,10 +26,18 @@ class NamedSpec(NamedTuple):
     spec: ShardSpec | None
 
 
+class Source(NamedTuple):
+    """The shards that one key names, and what remains of each."""
+
+    shards: list[Shard]
+    chosen: list[Chosen]
+
+
 class Training(NamedTuple):
     """The shards of a training set (of all sources in turn), their order, and what decides it, as JSON."""
 
     shards: list[Shard]
+    chosen: list[Chosen]
     order: Order | Mixture
     facts: dict[str, object]
 
@@ -56,38 +74,62 @@ def check_mixture(cfg: WebDatasetConfig) -> list[str]:
 
 
 def build_training(cfg: WebDatasetConfig, catalog: Catalog, seed: int) -> Training:
-    """Index the training shards and lay down their order; raises ValueError where a source holds no sample."""
-    sources = [indexed(spec, catalog) for spec in training_specs(cfg)]
-    shards = [shard for source in sources for shard in source]
-    facts: dict[str, object] = {
-        "streams": cfg.streams,
-        "shuffle_window": cfg.shuffle_window,
-        "block": cfg.block,
-        "seed": seed,
-    }
+    """Index the training shards, choose among their samples and lay down their order; raises ValueError where none is left."""
+    rules = build_rules(cfg)
+    sources = [indexed(spec, rules, catalog) for spec in training_specs(cfg)]
+    shards = [shard for source in sources for shard in source.shards]
+    chosen = [one for source in sources for one in source.chosen]
+    facts = {"streams": cfg.streams, "shuffle_window": cfg.shuffle_window, "block": cfg.block, "seed": seed}
+    facts |= kept_facts(cfg, shards, chosen) | _label_facts(cfg, rules)
     if cfg.mixture is None:
         order = _order(cfg, sources[0], seed)
-        return Training(shards, order, {"data": data_hash(shards), "samples": order.total, **facts})
+        return Training(shards, chosen, order, {"data": data_hash(shards), "samples": order.total, **facts})
     named = sorted(cfg.mixture.items())
     orders = [_order(cfg, source, source_seed(seed, one.seed)) for source, (_, one) in zip(sources, named, strict=True)]
     mixture = Mixture(orders, [source.weight for _, source in named], seed=seed, names=[name for name, _ in named])
     told = {
-        name: {"data": data_hash(source), "samples": order.total, "weight": int(weight), "seed": one.seed}
+        name: {"data": data_hash(source.shards), "samples": order.total, "weight": int(weight), "seed": one.seed}
         for (name, one), source, order, weight in zip(named, sources, orders, mixture.weights, strict=True)
     }
-    return Training(shards, mixture, {"mixture": told, **facts})
+    return Training(shards, chosen, mixture, {"mixture": told, **facts})
 
 
-def indexed(named: NamedSpec, catalog: Catalog) -> list[Shard]:
-    """The shards that a key names; raises ValueError where they hold no sample."""
+def indexed(named: NamedSpec, rules: Rules, catalog: Catalog) -> Source:
+    """The shards that a key names and what remains of them; raises ValueError where that is no sample."""
     shards = list(catalog.shards(catalog.paths(named.spec, key=named.key), fresh=False))
     if not sum(shard.count for shard in shards):
         raise ValueError(
             f"{named.key}={named.spec} names {len(shards)} shards without a single sample: name shards that hold pictures."
         )
-    return shards
+    chosen = [rules.choose(shard, catalog) for shard in shards]
+    if not sum(one.count(shard) for shard, one in zip(shards, chosen, strict=True)):
+        raise ValueError(nothing_left(named.key, named.spec, shards, chosen))
+    return Source(shards, chosen)
 
 
-def _order(cfg: WebDatasetConfig, shards: list[Shard], seed: int) -> Order:
-    counts = [shard.count for shard in shards]
+def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
+    """What a person wants to know of samples that data.keep and data.quarantine leave out, a message each.
+
+    Every shard must have been indexed and chosen from before; raises ValueError where nothing is left.
+    """
+    rules, catalog = build_rules(cfg), Catalog(Remote(cfg.cache))
+    specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
+    sources = [indexed(spec, rules, catalog) for spec in specs]
+    told = [
+        f"{key}: {text}" for (key, _), source in zip(specs, sources, strict=True) for text in told_of_keep(cfg, *source)
+    ]
+    # The quarantine is one list for all of them: an entry is told as unmatched where none of them has it.
+    shards = {shard.sha256: (shard, one) for source in sources for shard, one in zip(*source, strict=True)}
+    return told + told_of_quarantine(cfg, *(list(column) for column in zip(*shards.values(), strict=True)))
+
+
+def _order(cfg: WebDatasetConfig, source: Source, seed: int) -> Order:
+    counts = [one.count(shard) for shard, one in zip(source.shards, source.chosen, strict=True)]
     return Order(counts, streams=cfg.streams, window=cfg.shuffle_window, block=cfg.block, seed=seed)
+
+
+def _label_facts(cfg: WebDatasetConfig, rules: Rules) -> dict[str, object]:
+    """How labels and texts are read, only where it is not as ever."""
+    facts: dict[str, object] = {"label": cfg.label} if cfg.label != "cls" else {}
+    facts |= {"classes": rules.names} if rules.names is not None else {}
+    return facts | ({"text": cfg.text} if cfg.text is not None else {})

@@ -8,6 +8,7 @@ Letters: B images of this rank's batch, L streams, W ranks, g a global sample.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import RandAugment
 from softmoe_train.data.transforms import Transform
 from softmoe_train.data.workers import Decoding, load_batches, shared_bytes
+from softmoe_train.plain import plain
 
-_AHEAD, _AHEAD_ROWS = 32, 1 << 13  # batches, and their rows in all, that are located together
 _WORTH_KEEPING = 1 / 8  # of a shard's samples, below which ranges of it are read where it is not in the cache
+_TOGETHER, _TOGETHER_ROWS = 32, 1 << 13  # batches, and their rows in all, that are located together
+_GRACE_BATCHES = 2  # with too many broken samples that a run takes while its ranks agree to end together
 _TRIES = 32  # broken samples in a row after which a stream is given up
 
 
@@ -65,6 +68,19 @@ class Share:
             )
 
 
+class Rows(NamedTuple):
+    """What a batch is made in."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    texts: list[str] | None
+
+    def batch(self, mask: torch.Tensor, ids: torch.Tensor, cursor: Cursor, broken: list[Broken]) -> Batch:
+        """The finished batch."""
+        texts = None if self.texts is None else tuple(self.texts)
+        return Batch(self.images, self.labels, mask, ids, cursor, tuple(broken), texts)
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Stored samples as rows of a batch: read, transformed, augmented and labelled."""
@@ -76,25 +92,31 @@ class Pictures:
     randaugment: RandAugment | None
     scaled_decode: bool
 
-    def empty(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for the images of `rows` rows, where the training process can read them too, and their labels, of nothing."""
+    def empty(self, rows: int) -> Rows:
+        """Room for `rows` images, where the training process can read them too, labels of nothing (-1 if not read), empty texts."""
         images = shared_bytes((rows, 3, self.image_size, self.image_size))
-        if self.reader.labels == "hard":
-            return images, torch.zeros(rows, dtype=torch.int64)
-        return images, torch.zeros(rows, self.reader.num_classes)
+        texts = None if self.reader.text is None else [""] * rows
+        kept = self.reader.labels
+        if kept is None:
+            return Rows(images, torch.full((rows,), -1), texts)
+        if kept.kind == "hard":
+            return Rows(images, torch.zeros(rows, dtype=torch.int64), texts)
+        return Rows(images, torch.zeros(rows, kept.num_classes), texts)
 
-    def fill(self, images: torch.Tensor, labels: torch.Tensor, at: int, shard: int, index: int, g: int) -> None:
-        """Write a stored sample in sample g's place into row `at`; raises UnreadableSampleError and writes nothing where it cannot."""
-        picture, classes = self.reader.read(shard, index)
-        out = images[at].numpy()
-        self.transform(picture, Draws(self.seed, g, "augment"), out)
+    def fill(self, made: Rows, at: int, shard: int, index: int, g: int) -> None:
+        """Write a stored sample in sample g's place into row `at`; raises UnreadableSampleError, and the row may be written again."""
+        sample = self.reader.read(shard, index)
+        out = made.images[at].numpy()
+        self.transform(sample.picture, Draws(self.seed, g, "augment"), out)
         if self.randaugment is not None:
             upright = np.ascontiguousarray(out.transpose(1, 2, 0))
             out[...] = rand_augment(upright, self.randaugment, Draws(self.seed, g, "randaugment")).transpose(2, 0, 1)
-        if labels.ndim == 1:
-            labels[at] = classes[0]
-        else:
-            labels[at, classes] = 1.0
+        if made.labels.ndim == 2:
+            made.labels[at, sample.classes] = 1.0
+        elif sample.classes:
+            made.labels[at] = sample.classes[0]
+        if made.texts is not None:
+            made.texts[at] = sample.text
 
 
 class TrainBatches(Dataset[Batch]):
@@ -102,14 +124,14 @@ class TrainBatches(Dataset[Batch]):
 
     def __init__(self, pictures: Pictures, order: Order | Mixture, share: Share, mixup: Mixup | None) -> None:
         self.pictures, self.order, self.share, self.mixup = pictures, order, share, mixup
-        self._ahead: dict[int, Location] = {}
-        self._last: int | None = None
-        self._batches_ahead = 1
         files, shards = pictures.reader.files, pictures.reader.shards
-        ahead = 2 * order.window * order.streams  # samples
-        self.ahead = Ahead(files, shards, self.shards_at, step=share.global_batch, horizon=ahead)
+        horizon = 2 * order.window * order.streams  # samples
+        self.ahead = Ahead(files, shards, self.shards_at, step=share.global_batch, horizon=horizon)
         self.position = 0
         files.worth_keeping = self.is_worth_keeping
+        self._located: dict[int, Location] = {}
+        self._last: int | None = None
+        self._batches_ahead = 1
 
     def shards_at(self, position: int) -> list[int]:
         """The shards that this rank's part of the batch at `position` is read from."""
@@ -126,20 +148,20 @@ class TrainBatches(Dataset[Batch]):
         self.ahead.reached(position)
         rows = self.share.rows(position)
         where = self.located(position)
-        images, labels = self.pictures.empty(len(rows))
+        made = self.pictures.empty(len(rows))
         broken: list[Broken] = []
         for at, (g, shard, index) in enumerate(zip(rows.tolist(), *where, strict=True)):
             try:
-                self.pictures.fill(images, labels, at, shard, index, g)
+                self.pictures.fill(made, at, shard, index, g)
             except UnreadableSampleError as error:
-                broken.append(self.pictures.reader.describe(shard, index, str(error)))
-                self._replace(images, labels, at, g, broken[-1])
+                broken.append(self.pictures.reader.describe(shard, index, g, str(error)))
+                self._replace(made, at, g, broken[-1])
         if self.mixup is not None:
-            mixed, labels = self.mixup.mix(images.numpy(), labels, rows, self.share.apart)
-            images = torch.from_numpy(mixed)
+            mixed, labels = self.mixup.mix(made.images.numpy(), made.labels, rows, self.share.apart)
+            made = Rows(torch.from_numpy(mixed), labels, made.texts)
         mask = torch.ones(len(rows), dtype=torch.bool)
         cursor = Cursor(position + self.share.global_batch)
-        return Batch(images, labels, mask, torch.from_numpy(rows), cursor, tuple(broken))
+        return made.batch(mask, torch.from_numpy(rows), cursor, broken)
 
     def located(self, position: int) -> Location:
         """Where the rows of the batch at `position` are stored.
@@ -147,30 +169,30 @@ class TrainBatches(Dataset[Batch]):
         Most of the time of `locate` is a fixed part. So where this process goes on in equal steps, more and more batches are located together;
         the answer is the same.
         """
-        if position not in self._ahead:
+        if position not in self._located:
             step = position - self._last if self._last is not None else 0
             if step <= 0:  # the first position, or a new iteration
                 step, self._batches_ahead = 0, 1
             starts = [position + i * step for i in range(self._batches_ahead if step else 1)]
-            self._batches_ahead = min(2 * self._batches_ahead, _AHEAD, 1 + _AHEAD_ROWS // self.share.rank_batch)
+            self._batches_ahead = min(2 * self._batches_ahead, _TOGETHER, 1 + _TOGETHER_ROWS // self.share.rank_batch)
             where = self.order.locate(np.concatenate([self.share.rows(start) for start in starts]))
             shards, indexes = (np.split(part, len(starts)) for part in where)
-            self._ahead = {at: Location(*both) for at, *both in zip(starts, shards, indexes, strict=True)}
+            self._located = {at: Location(*both) for at, *both in zip(starts, shards, indexes, strict=True)}
         self._last = position
-        return self._ahead.pop(position)
+        return self._located.pop(position)
 
-    def _replace(self, images: torch.Tensor, labels: torch.Tensor, at: int, g: int, first: Broken) -> None:
+    def _replace(self, made: Rows, at: int, g: int, first: Broken) -> None:
         """Write the first good one of g's stand-ins, augmented as g: the same on every layout."""
         others = list(self.order.stand_ins(g, _TRIES))
         for other in others:
             shard, index = self.order.locate(np.asarray([other]))
             try:
-                self.pictures.fill(images, labels, at, int(shard[0]), int(index[0]), g)
+                self.pictures.fill(made, at, int(shard[0]), int(index[0]), g)
             except UnreadableSampleError:
                 continue
             return
         raise RuntimeError(
-            f"sample {first.key} of {first.shard} cannot be read ({first.reason}), and neither can the {len(others)} "
+            f"sample {plain(first.key)} of {plain(first.shard)} cannot be read ({plain(first.reason)}), and neither can the {len(others)} "
             f"samples that follow it: these shards do not hold what `data` says; check them."
         )
 
@@ -207,7 +229,8 @@ class WebDatasetStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the position last given to `seek`, for ever; raises RuntimeError above `max_broken`."""
-        return load_batches(self._batches, Positions(self._start, self._batches.share.global_batch), self._decoding)
+        positions = Positions(self._start, self._batches.share.global_batch)
+        return load_batches(self._batches, positions, self._decoding, grace=_GRACE_BATCHES)
 
     def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
         """What `rank` gets of the batch that begins at `cursor`; one that is broken is named, not what replaced it."""
@@ -256,8 +279,9 @@ class Positions:
 class _EvalBatches(Dataset[Batch]):
     def __init__(self, pictures: Pictures, rank_batch: int, rank: int, world: int) -> None:
         self.pictures, self.rank_batch, self.rank, self.world = pictures, rank_batch, rank, world
-        self.ends = np.cumsum([shard.count for shard in pictures.reader.shards])
         reader = pictures.reader
+        self.counts = reader.counts
+        self.ends = np.cumsum(self.counts)
         self.ahead = Ahead(reader.files, reader.shards, self.shards_at, step=1, horizon=len(self))
 
     def shards_at(self, step: int) -> list[int]:
@@ -272,22 +296,22 @@ class _EvalBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         self.ahead.reached(step)
         start = (step * self.world + self.rank) * self.rank_batch
-        images, labels = self.pictures.empty(self.rank_batch)
-        images.zero_()  # where there is no picture it is black
+        made = self.pictures.empty(self.rank_batch)
+        made.images.zero_()  # where there is no picture it is black
         mask = torch.zeros(self.rank_batch, dtype=torch.bool)
         ids = torch.full((self.rank_batch,), -1)
         broken: list[Broken] = []
         for at, g in enumerate(range(start, min(start + self.rank_batch, int(self.ends[-1])))):
             shard = int(np.searchsorted(self.ends, g, side="right"))
-            index = g - int(self.ends[shard]) + self.pictures.reader.shards[shard].count
+            index = g - int(self.ends[shard]) + self.counts[shard]
             ids[at] = g
             try:
-                self.pictures.fill(images, labels, at, shard, index, g)
+                self.pictures.fill(made, at, shard, index, g)
                 mask[at] = True
             except UnreadableSampleError as error:
-                broken.append(self.pictures.reader.describe(shard, index, str(error)))
+                broken.append(self.pictures.reader.describe(shard, index, g, str(error)))
         cursor = Cursor((step + 1) * self.world * self.rank_batch)
-        return Batch(images, labels, mask, ids, cursor, tuple(broken))
+        return made.batch(mask, ids, cursor, broken)
 
 
 class EvalStream:

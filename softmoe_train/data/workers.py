@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softmoe_train.data.batch import Batch, Broken
 from softmoe_train.data.places import ShardsError
+from softmoe_train.plain import plain
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,13 @@ class Decoding:
     pinned: bool
 
 
-def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding) -> Iterator[Batch]:
-    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies."""
+def load_batches(
+    batches: Dataset[Batch], positions: Iterable[int], decoding: Decoding, *, grace: int = 0
+) -> Iterator[Batch]:
+    """The batches at `positions` in order; raises RuntimeError above `max_broken`, or where a worker dies.
+
+    The first `grace` batches above it are still given: whoever takes them may end in good order.
+    """
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -39,10 +45,12 @@ def load_batches(batches: Dataset[Batch], positions: Iterable[int], decoding: De
         generator=torch.Generator(),  # its own: the loader's seed must not advance the global one
     )
     broken: list[Broken] = []
+    above = 0
     try:
         for batch in loader:
             broken += batch.broken
-            if len(broken) > decoding.max_broken:
+            above += len(broken) > decoding.max_broken
+            if above > grace:
                 raise RuntimeError(_too_many(broken, decoding.max_broken))
             yield batch
     except ShardsError as error:  # raised in a worker, it comes with the worker's traceback in its text
@@ -60,7 +68,7 @@ def shared_bytes(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _too_many(broken: Sequence[Broken], limit: int) -> str:
-    shown = "".join(f"\n  {one.shard} {one.key}: {one.reason}" for one in broken[-5:])
+    shown = "".join(f"\n  {plain(one.shard)} {plain(one.key)}: {plain(one.reason)}" for one in broken[-5:])
     return (
         f"{len(broken)} broken samples on this rank are more than data.max_broken={limit}; the last were{shown}\n"
         "repair the shards, correct the setting that a reason names, or raise data.max_broken if their loss does not matter."
@@ -69,7 +77,7 @@ def _too_many(broken: Sequence[Broken], limit: int) -> str:
 
 def _last_line(error: ShardsError) -> str:
     """What an error says, without the traceback that a worker puts before it."""
-    said = str(error).strip().splitlines()[-1]
+    said = str(error.args[0]).strip().splitlines()[-1]
     return said.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 

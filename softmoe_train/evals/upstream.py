@@ -16,6 +16,7 @@ from softmoe_train.data.batch import Batch
 from softmoe_train.dist import sum_over_world
 from softmoe_train.loop import TrainState
 from softmoe_train.model.loss import LossKind, classification_loss, one_hot
+from softmoe_train.plain import plain
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class UpstreamEvaluator:
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in self.batches:
             for sample in batch.broken:
-                logger.warning("left out a broken held-out image: %s %s: %s", sample.shard, sample.key, sample.reason)
+                logger.warning("left out a broken held-out image: %s %s: %s", *map(plain, sample))
             sums[3] += len(batch.broken)
             batch = batch.to(device)
             logits = state.engine.module(batch.images, None, batch.mask).logits

@@ -18,7 +18,8 @@ from softmoe_train.dist import ControlGroup, PendingMax, World, control_group, w
 ASKING = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)  # the first is SLURM's, by --signal
 TIME_IS_UP = "interrupted by time_limit"
 # What a rank wants is a number into this; all ranks together want the highest.
-REASONS = (None, TIME_IS_UP, *(f"interrupted by {number.name}" for number in ASKING))
+TOO_MANY_BROKEN = "too many broken samples"
+REASONS = (None, TIME_IS_UP, *(f"interrupted by {number.name}" for number in ASKING), TOO_MANY_BROKEN)
 TIME_LIMIT, SIGNALS = 1, 2
 # Signals this soon after the first are the first: timeout(1) sends two, and SLURM reaches a rank itself and through its launcher.
 ONE_SIGNAL_SECONDS = 2.0
@@ -121,6 +122,11 @@ class AgreedStop:
         self._ends_at = ends_at
         self._group = group
         self._pending: PendingMax | None = None
+        self._broken = False
+
+    def end_for_broken_samples(self) -> None:
+        """Have this rank want the run to end because of its data."""
+        self._broken = True
 
     def agreed(self) -> str | None:
         """Why to stop after this step, or None: the same on every rank, each of which must ask once a step."""
@@ -130,6 +136,8 @@ class AgreedStop:
         return reason
 
     def _wanted(self) -> int:
+        if self._broken:
+            return REASONS.index(TOO_MANY_BROKEN)
         if self._ear.asked is not None:
             return SIGNALS + ASKING.index(self._ear.asked)
         return TIME_LIMIT if self._ends_at is not None and time.monotonic() >= self._ends_at else 0

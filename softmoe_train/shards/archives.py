@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from softmoe_train.shards.settings import ShardsError
+from softmoe_train.shards.settings import StoppedError
 from softmoe_train.shards.source import Item, LeftOut, Stored, shown, suffix_problem
 
 _SYNSET = re.compile(r"n[0-9]{8}")
@@ -90,7 +90,7 @@ class ArchiveSource:
 
 
 def members_of(file: BinaryIO, archive: Archive) -> Iterator[Member | LeftOut]:
-    """The regular files of a tar at their offsets in `file`; what else it holds but folders is left out. Raises ShardsError where it is damaged."""
+    """The regular files of a tar at their offsets in `file`; what else it holds but folders is left out. Raises StoppedError where it is damaged."""
     end = archive.offset + archive.size
     where = archive.path if archive.name is None else f"{archive.path} ({archive.name})"
     file.seek(archive.offset)
@@ -99,7 +99,7 @@ def members_of(file: BinaryIO, archive: Archive) -> Iterator[Member | LeftOut]:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header in memory
                 if member.size < 0 or member.offset_data + member.size > end:
-                    raise ShardsError(
+                    raise StoppedError(
                         f"{where}: member {shown(member.name)!r} reaches beyond the archive: copy it again."
                     )
                 if member.isdir():
@@ -111,9 +111,9 @@ def members_of(file: BinaryIO, archive: Archive) -> Iterator[Member | LeftOut]:
             file.seek(tar.offset)  # type: ignore[attr-defined]
             # tarfile takes a damaged or missing header for the end; a whole tar ends in a block of zeros.
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ShardsError(f"{where} breaks off or is damaged at byte {tar.offset}: copy it again.")  # type: ignore[attr-defined]
+                raise StoppedError(f"{where} breaks off or is damaged at byte {tar.offset}: copy it again.")  # type: ignore[attr-defined]
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise ShardsError(f"{where} is not a whole, uncompressed tar ({error}): unpack or copy it again.") from None
+        raise StoppedError(f"{where} is not a whole, uncompressed tar ({error}): unpack or copy it again.") from None
 
 
 def _tars_of(archive: Archive) -> list[Member]:

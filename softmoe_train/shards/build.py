@@ -8,7 +8,7 @@ from softmoe_train.shards.archives import Archive, ArchiveSource, members_of, re
 from softmoe_train.shards.folder import FolderSource
 from softmoe_train.shards.manifest import ManifestSource
 from softmoe_train.shards.parquet import ParquetSource, parquet_problem
-from softmoe_train.shards.settings import MakeSettings, ShardsError
+from softmoe_train.shards.settings import MakeSettings, StoppedError
 from softmoe_train.shards.source import LeftOut, Source, suffix_problem
 from softmoe_train.shards.table import Columns, choose_columns
 
@@ -36,7 +36,7 @@ def build_source(settings: MakeSettings) -> Source[Any]:
                     raise ValueError(problem)
                 paths = settings.files()
                 return ParquetSource(paths, _columns(settings, parquet.columns_of(paths[0]), "image", paths[0]))
-    except ShardsError as error:
+    except StoppedError as error:
         raise ValueError(str(error)) from None
     except OSError as error:
         raise ValueError(f"from={settings.from_} cannot be read: {error}") from None

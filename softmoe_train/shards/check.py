@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from softmoe_train.data import WebDatasetConfig, check_streams
 from softmoe_train.data.index import Shard, samples_of
-from softmoe_train.data.places import expand_shards
+from softmoe_train.data.labels import build_labels, kept_numbers
 from softmoe_train.data.published import INDEX, MAX_INDEX, parse_index
+from softmoe_train.data.sources import training_specs
 from softmoe_train.shards.examine import Examine, Examined, Task
 from softmoe_train.shards.findings import Finding, Tally
 from softmoe_train.shards.processes import cores, in_processes
 from softmoe_train.shards.progress import shown_progress
-from softmoe_train.shards.settings import CheckSettings
+from softmoe_train.shards.settings import CheckSettings, local_shards
 from softmoe_train.shards.spread import Spread
 
 
@@ -69,11 +70,13 @@ class Checked:
 
 
 def check_shards(settings: CheckSettings, data: WebDatasetConfig, *, num_classes: int, batch_size: int) -> Checked:
-    """Look through every shard that `data` names; raises ShardsError where a worker died."""
+    """Look through every shard that `data` names; raises StoppedError where a worker died."""
     tally, keys, shards, specs = Tally(), [], [], specs_of(data)
     published = _published(specs, tally)
     tasks = [Task(split, path, published.get(path)) for split, paths in specs.items() for path in paths]
-    examine = Examine(data.labels, num_classes, data.max_pixels)
+    labels = build_labels(data, num_classes)
+    kept = None if labels is None else kept_numbers(data, labels.names)
+    examine = Examine(labels, None if kept is None else set(kept), data.keep.keys, data.max_pixels)
     splits = {split: Whole() for split in specs}
     results = in_processes(examine, tasks, settings.processes or cores(), named=lambda task: task.path)
     pairs = ((one, 1) for one in results)
@@ -93,8 +96,9 @@ def check_shards(settings: CheckSettings, data: WebDatasetConfig, *, num_classes
 
 def specs_of(data: WebDatasetConfig) -> dict[str, list[str]]:
     """The tars of each split; raises ValueError where one is named that is not there."""
-    specs = {"train": expand_shards(data.train, key="data.train")}
-    return specs if data.test is None else {**specs, "test": expand_shards(data.test, key="data.test")}
+    train = [path for key, spec in training_specs(data) for path in local_shards(spec, key=key)]
+    specs = {"train": list(dict.fromkeys(train))}  # two sources of a mixture may share tars
+    return specs if data.test is None else {**specs, "test": local_shards(data.test, key="data.test")}
 
 
 def _published(specs: dict[str, list[str]], tally: Tally) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,13 +14,10 @@ from numpy.typing import NDArray
 from softmoe_train.data.damage import damage_of, is_harmless, is_truncation
 from softmoe_train.data.decode import UnreadableSampleError, decode_image
 from softmoe_train.data.index import Samples, Shard, index_shards, samples_of, sum_of
-from softmoe_train.data.labels import classes_of
+from softmoe_train.data.labels import Labels
 from softmoe_train.data.probe import Header, probe
 from softmoe_train.shards.findings import Finding
 from softmoe_train.shards.spread import Spread
-
-_PARTS = {"image": "picture", "cls": "label"}
-_MAX_LABEL_BYTES = 1 << 20
 
 
 class Task(NamedTuple):
@@ -48,8 +46,9 @@ class Examined(NamedTuple):
 class Examine:
     """How to look through shards; sent to worker processes."""
 
-    labels: str
-    num_classes: int
+    labels: Labels | None  # None: training reads none
+    kept: set[int] | None  # labels that training reads; None: all
+    keys: str | None  # what is in the keys that it reads
     max_pixels: int
 
     def __call__(self, task: Task) -> Examined:
@@ -107,13 +106,16 @@ class _Looking:
             if key in seen:
                 self._find("duplicate key", key, "an earlier sample of this shard has it")
             seen.add(key)
+            if self._how.keys is not None and not re.search(self._how.keys, key):
+                continue
             before = len(self.findings)
-            label, picture = self._member(index, key, "cls"), self._member(index, key, "image")
-            if label is not None:
-                self._look_at_label(key, label)
+            how = self._how.labels
+            label = None if how is None else self._member(index, key, how.part, "label", how.limit)
+            picture = self._member(index, key, "image", "picture", 6 * self._how.max_pixels + (1 << 20))
+            used = how is None or label is None or self._look_at_label(key, how, label)
             if picture is not None:
                 self._look_at_picture(key, picture)
-            self.good += all(finding.kind in _USABLE for finding in self.findings[before:])
+            self.good += used and all(finding.kind in _USABLE for finding in self.findings[before:])
 
     def hashes(self) -> NDArray[np.uint64]:
         """Of the keys, to find them in other shards."""
@@ -123,11 +125,9 @@ class _Looking:
         base = os.path.basename(self._task.path)
         self.findings.append(Finding(kind, self._task.split, base, self._shard.sha256, key, reason))
 
-    def _member(self, index: int, key: str, part: str) -> bytes | None:
+    def _member(self, index: int, key: str, part: str, what: str, limit: int) -> bytes | None:
         """The bytes of a part of a sample, if they are what they should be."""
         offset, size = self._samples.where[part][index].tolist()
-        what = _PARTS[part]
-        limit = _MAX_LABEL_BYTES if part == "cls" else 6 * self._how.max_pixels + (1 << 20)
         if offset < 0:
             self._find(f"missing {what}", key, f"it has no {what}")
             return None
@@ -135,7 +135,7 @@ class _Looking:
             self._find("empty member", key, f"its {what} has zero bytes")
             return None
         if size > limit:
-            kind = "label malformed" if part == "cls" else "decompression bomb"
+            kind = "label malformed" if what == "label" else "decompression bomb"
             self._find(kind, key, f"its {what} is {size} bytes, more than {limit}")
             return None
         data = os.pread(self._file, size, offset)
@@ -144,12 +144,16 @@ class _Looking:
             return None
         return data
 
-    def _look_at_label(self, key: str, label: bytes) -> None:
+    def _look_at_label(self, key: str, labels: Labels, member: bytes) -> bool:
+        """Whether training would not leave the sample out by its label."""
         try:
-            self.classes.update(classes_of(label, labels=self._how.labels, num_classes=self._how.num_classes))
+            if self._how.kept is not None and self._how.kept.isdisjoint(labels.numbers_of(member)):
+                return False
+            self.classes.update(labels.classes_of(member))
         except UnreadableSampleError as error:
             kind = "label out of range" if "is outside" in str(error) else "label malformed"
             self._find(kind, key, str(error))
+        return True
 
     def _look_at_picture(self, key: str, picture: bytes) -> None:
         try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from softmoe_train.data.damage import damage_of, is_harmless
 from softmoe_train.data.decode import UnreadableSampleError, decode_image
 from softmoe_train.data.probe import Header, probe
 from softmoe_train.shards.resize import Resize, resized
@@ -119,6 +120,9 @@ class Look:
         if self.verify or (self.resize is not None and self.resize.changes(header)):
             whole = whole or read(picture)  # type: ignore[arg-type]
             pixels = decode_image(whole, max_pixels=self.max_pixels)
+            damage = damage_of(whole) if self.verify else None
+            if damage is not None and not is_harmless(damage):
+                raise ValueError(f"a damaged picture ({damage})")
             if self.resize is not None and self.resize.changes(header):
                 return header, resized(pixels, header.suffix, self.resize)
         return header, (picture, header.suffix) if isinstance(picture, bytes) else None

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import softmoe_train
+from softmoe_train.shards.index import publish
 from softmoe_train.shards.look import Look, Looked, left_out_in, left_out_of
 from softmoe_train.shards.order import Listing, Shard, cut, read_listing, split
 from softmoe_train.shards.processes import cores, in_processes
 from softmoe_train.shards.progress import shown_progress
 from softmoe_train.shards.resize import Resize
-from softmoe_train.shards.settings import Making, ShardsError
+from softmoe_train.shards.settings import Making, StoppedError
 from softmoe_train.shards.source import LeftOut, Source
 from softmoe_train.shards.write import PART, Write, Written, written_before
 
@@ -47,11 +48,11 @@ class Made(NamedTuple):
     already: bool
 
 
-def make_shards(source: Source[Any], making: Making, *, asked: dict[str, Any], classes: list[str] | None) -> Made:
-    """Make shards of all pictures of `source` in the folder `out`; `asked` tells what was asked for, to know it again.
+def make_shards(source: Source[Any], making: Making, *, classes: list[str] | None = None) -> Made:
+    """Make shards of all pictures of `source` in the folder `out`, and the index of them; `classes` are names in the order of their numbers.
 
-    `classes` are names in the order of their numbers, where they are given. Raises ValueError for settings that contradict each other, and
-    ShardsError where the making cannot go on: the folder keeps what is done.
+    Raises ValueError for settings that contradict each other, and StoppedError where the making cannot go on: the folder keeps what
+    is done, and the same call goes on.
     """
     problems = making.problems()
     if problems:
@@ -61,13 +62,18 @@ def make_shards(source: Source[Any], making: Making, *, asked: dict[str, Any], c
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(out):
         try:
-            return _make(source, making, out, {**asked, "facts": source.facts()}, classes or source.class_names())
+            return _make(
+                source, making, out, {**asked_of(making), "facts": source.facts()}, classes or source.class_names()
+            )
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ShardsError(
+                raise StoppedError(
                     f"out={out}: {error.strerror}; free some room, and the same command goes on."
                 ) from None
-            raise ShardsError(f"{error}; when that is mended, the same command goes on.") from error
+            raise StoppedError(f"{error}; when that is mended, the same command goes on.") from error
+        finally:
+            if not (out / WORK / PLAN).exists():  # the folder is another's
+                shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def asked_of(making: Making) -> dict[str, Any]:
@@ -94,10 +100,13 @@ def _make(source: Source[Any], making: Making, out: Path, asked: dict[str, Any],
     left = _bounded([*left, *listing.left_out], out, making)
     if not len(listing):
         _write_left_out(out, left)
-        raise ShardsError(f"there is not one picture in it{_reasons(left)}")
+        raise StoppedError(f"there is not one picture in it{_reasons(left)}")
     shards = cut(listing, split(listing, making), making)
     number = {name: n for n, name in enumerate(listing.names or [])}
     written = _write(Write(work, out, number), shards, making, out, left)
+    indexed = publish({str(out): [str(out / shard.name) for shard in shards]}, making.processes, making.progress)
+    if indexed.problems:
+        raise StoppedError("what was written cannot be read again: " + "\n".join(indexed.problems))
     return _finish(out, making, asked, listing, shards, written, left)
 
 
@@ -175,7 +184,7 @@ def _finish(
 
 
 def _check_folder(out: Path, asked: dict[str, Any]) -> Made | None:
-    """What is made already, or None where there is something to do; raises ShardsError where the folder is another's."""
+    """What is made already, or None where there is something to do; raises StoppedError where the folder is another's."""
     shards = sorted(path.name for path in out.glob("*.tar"))
     for path in (out / MADE, out / WORK / PLAN):
         if not path.exists():
@@ -191,7 +200,7 @@ def _check_folder(out: Path, asked: dict[str, Any]) -> Made | None:
             told = "; ".join(
                 f"{key}: {_brief(before.get(key))} there, {_brief(asked.get(key))} now" for key in changed[:_SHOWN]
             )
-            raise ShardsError(
+            raise StoppedError(
                 f"out={out} holds another making ({told}): shards of two do not mix; give another folder, or empty this one."
             )
         if path.name == MADE:
@@ -203,7 +212,7 @@ def _check_folder(out: Path, asked: dict[str, Any]) -> Made | None:
             path.unlink()
         return None
     if shards:
-        raise ShardsError(
+        raise StoppedError(
             f"out={out} holds {shards[0]}, which no making of ours wrote: give another folder, or empty this one."
         )
     return None
@@ -226,7 +235,7 @@ def _alone(out: Path) -> Iterator[None]:
         except BlockingIOError:
             if time.monotonic() - begin > _LOCK_SECONDS:
                 os.close(handle)
-                raise ShardsError(
+                raise StoppedError(
                     f"out={out}: another making is at work in it; let it end, or give another folder."
                 ) from None
         os.close(handle)
@@ -242,7 +251,7 @@ def _bounded(left: list[LeftOut], out: Path, making: Making) -> list[LeftOut]:
     if len(left) <= making.max_broken:
         return left
     _write_left_out(out, left)
-    raise ShardsError(
+    raise StoppedError(
         f"{len(left)} files that go into no shard are more than max_broken={making.max_broken}{_reasons(left)}\n"
         f"  each is told in {out / LEFT_OUT}; repair or remove them, or raise max_broken if their loss does not matter (the same command "
         "goes on)"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from softmoe_train.shards.settings import ShardsError
+from softmoe_train.shards.settings import StoppedError
 from softmoe_train.shards.source import Item, LeftOut, Stored, shown, suffix_problem
 from softmoe_train.shards.table import Columns, as_item
 
@@ -70,12 +70,12 @@ class ManifestSource:
 
 
 def read_rows(path: str) -> Iterable[tuple[int, dict[str, Any] | str]]:
-    """The rows of a manifest by their line, each as its columns, or as why it is no row; raises ShardsError where it is no text."""
+    """The rows of a manifest by their line, each as its columns, or as why it is no row; raises StoppedError where it is no text."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             yield from _csv_rows(file) if path.endswith((".csv", ".tsv")) else _json_rows(file)
     except UnicodeDecodeError as error:
-        raise ShardsError(f"from={path} is not UTF-8 ({error.reason} at byte {error.start}): convert it.") from None
+        raise StoppedError(f"from={path} is not UTF-8 ({error.reason} at byte {error.start}): convert it.") from None
 
 
 def _csv_rows(file: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from softmoe_train.data.keyed import chain, place_number
 from softmoe_train.shards.look import Listed, listing_of, read_listed
-from softmoe_train.shards.settings import Making, ShardsError
+from softmoe_train.shards.settings import Making, StoppedError
 from softmoe_train.shards.source import LeftOut
 
 I64 = NDArray[np.int64]
@@ -63,7 +63,7 @@ class _Names:
 
 
 def read_listing(folder: Path, parts: int, known: list[str] | None) -> Listing:
-    """Go through the listings of all parts; raises ShardsError where numbers and names of classes are mixed."""
+    """Go through the listings of all parts; raises StoppedError where numbers and names of classes are mixed."""
     names, left = _Names(known), []
     rows, hashes = array("q"), array("Q")
     numbered = named = None
@@ -85,7 +85,7 @@ def read_listing(folder: Path, parts: int, known: list[str] | None) -> Listing:
             rows.extend((part, start, listed.size, names.number[listed.classes[0]] if listed.classes else label))
             hashes.append(xxhash.xxh3_64_intdigest(listed.key.encode()))
     if numbered and named and known is None:
-        raise ShardsError(
+        raise StoppedError(
             f"labels are class numbers ({numbered}) and class names ({named}): a column holds one kind; correct it, or give classes=FILE."
         )
     columns = np.array(rows, np.int64).reshape(-1, 4).T
@@ -108,7 +108,7 @@ def split(listing: Listing, making: Making) -> dict[str, I64]:
     if not count:
         return {making.name: order}
     if count >= n:
-        raise ShardsError(
+        raise StoppedError(
             f"{count} of {n} pictures would be held out, and none is left for {making.name}: hold out fewer."
         )
     by_class = order[np.argsort(listing.first[order], kind="stable")]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from softmoe_train.shards.settings import ShardsError
+from softmoe_train.shards.settings import StoppedError
 from softmoe_train.shards.source import Item, LeftOut
 from softmoe_train.shards.table import Columns, as_item
 
@@ -77,7 +77,7 @@ def parquet_problem() -> str | None:
 
 
 def columns_of(path: str) -> list[str]:
-    """The names of a file's columns; raises ShardsError where it is no parquet."""
+    """The names of a file's columns; raises StoppedError where it is no parquet."""
     with _open(path) as file:
         return list(file.schema_arrow.names)
 
@@ -88,7 +88,7 @@ def _open(path: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except Exception as error:  # pyarrow has its own types for damaged files, not to be imported apart
-        raise ShardsError(f"{path} is not a parquet file ({error}); copy it again, or name another") from None
+        raise StoppedError(f"{path} is not a parquet file ({error}); copy it again, or name another") from None
 
 
 def _rows(file: Any, part: RowGroup, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -97,7 +97,7 @@ def _rows(file: Any, part: RowGroup, columns: list[str]) -> Iterator[dict[str, A
         for batch in file.iter_batches(_ROWS, row_groups=[part.group], columns=columns):
             yield from batch.to_pylist()
     except Exception as error:  # as in _open
-        raise ShardsError(f"{part.path}: row group {part.group} is damaged ({error}); copy it again.") from None
+        raise StoppedError(f"{part.path}: row group {part.group} is damaged ({error}); copy it again.") from None
 
 
 def _names_in(path: str, column: str) -> list[str] | None:

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from softmoe_train.shards.settings import ShardsError
+from softmoe_train.shards.settings import StoppedError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+_work: Callable[[Any], Any] | None = None  # of a worker process, to which it is sent once and not with each task
 _AHEAD = 2  # tasks handed out for each process: more would only fill memory
 
 
@@ -34,13 +35,13 @@ def in_processes(
 ) -> Iterator[Result]:
     """The results in the order of the tasks; one process is this one.
 
-    Raises what a task raised, or ShardsError where a worker died, with the names of the tasks that one of them was at.
+    Raises what a task raised, or StoppedError where a worker died, with the names of the tasks that one of them was at.
     """
     if processes == 1:
         yield from map(work, tasks)
         return
     ours, theirs = multiprocessing.Pipe()
-    pool = ProcessPoolExecutor(processes, initializer=_start, initargs=(ours, theirs))
+    pool = ProcessPoolExecutor(processes, initializer=_start, initargs=(ours, theirs, work))
     waiting: deque[tuple[Task, Future[Result]]] = deque()  # in the order of the tasks
     try:
         for task in tasks:
@@ -49,7 +50,7 @@ def in_processes(
             while waiting and waiting[0][1].done():
                 yield waiting[0][1].result()
                 waiting.popleft()
-            waiting.append((task, pool.submit(work, task)))
+            waiting.append((task, pool.submit(_do, task)))
         while waiting:
             yield waiting[0][1].result()
             waiting.popleft()
@@ -57,7 +58,7 @@ def in_processes(
     except BrokenProcessPool:
         at = [named(task) for task, future in waiting if not future.done() or future.exception() is not None]
         where = " or ".join(filter(None, at[: _AHEAD * processes]))
-        raise ShardsError(
+        raise StoppedError(
             f"a worker process ended unexpectedly{where and f', at {where}'}: was it killed, for memory perhaps?"
         ) from None
     finally:
@@ -66,13 +67,20 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _start(ours: Any, theirs: Any) -> None:
+def _start(ours: Any, theirs: Any, work: Callable[[Any], Any]) -> None:
     """Make a worker single-threaded, deaf to Ctrl-C, which its parent hears, and no longer-lived than its parent wants it."""
+    global _work  # noqa: PLW0603
+    _work = work
     ours.close()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(theirs,), daemon=True).start()
+
+
+def _do(task: Any) -> Any:
+    assert _work is not None
+    return _work(task)
 
 
 def _end_with(parent: Any) -> None:

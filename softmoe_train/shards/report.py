@@ -14,7 +14,7 @@ import rich.table
 
 from softmoe_train.shards.check import Checked, Whole
 from softmoe_train.shards.findings import NOTICES, PROBLEMS, Finding
-from softmoe_train.shards.settings import ShardsError
+from softmoe_train.shards.settings import StoppedError
 
 _SHOWN = 12  # worlds, classes
 
@@ -161,4 +161,4 @@ def _write_whole(path: str, lines: Iterator[str]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         os.unlink(temporary)
-        raise ShardsError(f"{path} cannot be written: {error}") from None
+        raise StoppedError(f"{path} cannot be written: {error}") from None

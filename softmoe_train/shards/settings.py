@@ -4,12 +4,14 @@ import glob
 import importlib.util
 import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from softmoe_train.config import JsonOut, Record, out_problems
+from softmoe_train.config import ConfigError, JsonOut, Record, config_folder, load_yaml, out_problems, parse
+from softmoe_train.data.places import expand_shards, is_url
 from softmoe_train.observe.console import ProgressKind
+from softmoe_train.redact import without_secrets
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -29,7 +31,7 @@ ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-class ShardsError(Exception):
+class StoppedError(Exception):
     """Why a making, check or indexing under way had to stop: one message for its user."""
 
 
@@ -83,6 +85,19 @@ class Making(Record):
             given = ", ".join(f"{key}={getattr(self, key)}" for key in tests)
             problems.append(f"{given}: each says how much is held out; give one")
         return problems
+
+
+def making(**changes: Any) -> Making:
+    """The values of conf/shards_make.yaml with `changes`, for a program that has a source of its own; raises ValueError."""
+    values = {
+        key: value
+        for key, value in load_yaml(config_folder() / "shards_make.yaml").items()
+        if key in Making.model_fields
+    }
+    settings, problems = parse(Making, {**values, **changes})
+    if settings is None or problems:
+        raise ConfigError(problems)
+    return settings
 
 
 class MakeSettings(Making):
@@ -176,3 +191,34 @@ class CheckSettings(Record):
                 f'picture={self.picture} needs matplotlib, which is not installed; pip install "softmoe-train[pictures]"'
             )
         return problems
+
+
+class IndexSettings(Record):
+    """Keys of `softmoe shards index`."""
+
+    data: str | list[str] | None
+    out: str | None
+    verify: bool
+    processes: Positive | None
+    progress: ProgressKind
+
+    def problems(self) -> list[str]:
+        """Every mistake that shows before a tar is read."""
+        try:
+            local_shards(self.data, key="data")
+        except ValueError as error:
+            return [str(error)]
+        if self.out is not None and not os.path.isdir(self.out):
+            return [f"out={self.out} is not a folder; make it, or leave out= out to have the index beside the tars"]
+        return []
+
+
+def local_shards(spec: str | list[str] | None, *, key: str) -> list[str]:
+    """The tars that `spec` names on disks here; raises ValueError where there is none, or one at a URL."""
+    paths = expand_shards(spec, key=key)
+    remote = next((path for path in paths if is_url(path)), None)
+    if remote is not None:
+        raise ValueError(
+            f"{key}: {without_secrets(remote)} is at a URL, and every byte of it is read here: copy or mount the shards"
+        )
+    return paths

@@ -37,6 +37,9 @@ class Stream:
     def fingerprint(self) -> dict[str, object]:
         return {}
 
+    def measures(self, cursor: Cursor) -> dict[str, float]:
+        return {}
+
     def samples(self, cursor: Cursor, rank: int) -> list[StoredSample]:
         rows = GLOBAL_BATCH // self.world
         first = cursor.position + rank * rows
@@ -82,6 +85,7 @@ def plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "steps": 6, "stop_after": None, "micro_batches": 2, "learning_rate": lambda _: 0.01, "report_every": 1,
         "save_every": 0, "best": None, "bad_steps": bad_steps(), "bad_batches": None, "expert_blocks": [1, 2], "documents": {},
+        "budget": None, "broken_file": None,
     }  # fmt: skip
     return Plan(**{**values, **changes})
 
@@ -318,7 +322,7 @@ def measure(rank: int, world: int) -> dict[str, float]:
     rows = torch.cat([mine, torch.zeros(padded - len(mine), dtype=torch.long)])
     mask = torch.arange(padded) < len(mine)
     # Labels of padding rows are right on purpose: they must not count.
-    lost = (Broken("shard.tar", "key", "torn"),) if rank == 0 else ()
+    lost = (Broken("shard.tar", "key", "torn", "0" * 64, 5),) if rank == 0 else ()
     batch = Batch(images[rows], labels[rows], mask, rows, Cursor(0), lost)
     evaluator = UpstreamEvaluator(UpstreamConfig(every=0, batch_size=padded), [batch], "softmax")
     return dict(evaluator.run(TrainState(engine, 0, 0, Cursor(0), "")))

@@ -1,5 +1,7 @@
 """A run that is stopped or moved to another layout goes on as if nothing had happened."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -121,3 +123,19 @@ def test_other_images_are_not_taken_for_the_same_run(folder: Path, half: Path) -
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "data.train gives other samples than" in done.stderr
+    assert re.search(
+        r"trained on: data=[0-9a-f]{64} \(was [0-9a-f]{64}\), samples=\d+ \(was \d+\)\. The fingerprints are ",
+        done.stderr,
+    )
+    then = json.loads((folder / name / "checkpoints/step_00000010/stream.json").read_text())
+    assert f"{then} then; give the same shards" in done.stderr
+    assert "allow_changes=true to go on with these" in done.stderr
+
+
+def test_other_streams_of_which_no_batch_begins_at_the_position_are_refused(folder: Path, half: Path) -> None:
+    name = copy_of(half, "other_streams")
+    other = ["batch_size=28", "data.streams=28", "allow_changes=true"]
+    done = softmoe(*DATA, f"run_dir={name}", "processes=2", *other, folder=folder, ok=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "cursor=320 is not a multiple of data.streams=28" in done.stderr

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from softmoe_train.changes import changed_settings
 from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, expand_sweep, load_yaml, parse, save_yaml
 from softmoe_train.parallel.layout import ParallelConfig
-from softmoe_train.settings import RunConfig, changed_settings, check, compute_problems
+from softmoe_train.settings import RunConfig, check, compute_problems
 
 FOLDER = config_folder()
 GROUPS = sorted(  # recipes and models have tests of their own: test_recipes, test_family

@@ -99,7 +99,12 @@ def settings(**changes: object) -> WebDatasetConfig:
         "block": 4,
         "workers": 0,
         "prefetch": 2,
+        "label": "cls",
+        "classes": None,
         "labels": "hard",
+        "text": None,
+        "keep": {"labels": None, "keys": None, "renumber": False},
+        "quarantine": None,
         "train_transform": plain,
         "test_transform": plain,
         "randaugment": None,
@@ -107,5 +112,6 @@ def settings(**changes: object) -> WebDatasetConfig:
         "scaled_decode": False,
         "max_pixels": 1_000_000,
         "max_broken": 0,
+        "max_broken_fraction": None,
     }
     return WebDatasetConfig.model_validate({**values, **changes})

@@ -10,7 +10,7 @@ from softmoe_train.data.batch import Batch, Broken, Cursor
 
 def batch_of(rows: int) -> Batch:
     images = torch.arange(rows * 3 * 4, dtype=torch.uint8).reshape(rows, 3, 2, 2)
-    broken = (Broken("a.tar", "key", "why"),)
+    broken = (Broken("a.tar", "key", "why", "0" * 64, 3),)
     return Batch(
         images, torch.arange(rows), torch.ones(rows, dtype=torch.bool), torch.arange(rows), Cursor(rows), broken
     )

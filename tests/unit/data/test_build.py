@@ -35,6 +35,7 @@ def test_streams_that_do_not_divide_are_refused_with_the_legal_values(
     assert problem == (
         f"data.streams={streams}: the number of ranks ({world}) must divide it, and it must divide the global batch "
         f"({batch}); use one of {legal}."
+        + (" With data.streams=4 the legal numbers of ranks are 1, 2, 4." if streams == 4 else "")
     )
     with pytest.raises(ValueError, match=r"data\.streams"):
         build_stream(cfg, image_size=8, num_classes=10, seed=0, global_batch=batch, rank=0, world=world)
@@ -44,6 +45,11 @@ def test_a_global_batch_that_the_ranks_cannot_share_is_refused(numbered_shards) 
     [problem] = problems(settings(train=str(numbered_shards(3))), batch=10, world=4)
     assert "the global batch of 10 images does not divide into 4 ranks" in problem
     assert "use a multiple of 4" in problem
+
+
+def test_a_number_of_ranks_that_cannot_share_the_streams_is_refused_with_those_that_can(numbered_shards) -> None:
+    [problem] = problems(settings(train=str(numbered_shards(3)), streams=8), batch=32, world=3)
+    assert problem.endswith("With data.streams=8 the legal numbers of ranks are 1, 2, 4, 8.")
 
 
 def test_all_mistakes_are_reported_at_once() -> None:

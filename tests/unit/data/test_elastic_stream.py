@@ -18,7 +18,14 @@ from softmoe_train.data.records import InceptionCrop, RandAugment
 from tests.unit.data.conftest import encoded, numbered_picture, numbers_of, settings, write_tar
 
 CROP = InceptionCrop(
-    kind="inception_crop", min_area=0.3, max_area=1.0, min_aspect=0.75, max_aspect=1.33, antialias=True, flip=True
+    arithmetic="float32",
+    kind="inception_crop",
+    min_area=0.3,
+    max_area=1.0,
+    min_aspect=0.75,
+    max_aspect=1.33,
+    antialias=True,
+    flip=True,
 )
 BAD = b"no picture"
 

@@ -1,6 +1,5 @@
 """The programs and examples under the top-level data/ make shards that the stream reads."""
 
-import re
 import runpy
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 from softmoe_train.data import build_eval_stream
 from softmoe_train.data.index import data_hash, index_shards
 from softmoe_train.data.places import expand_shards
-from tests.unit.data.conftest import encoded, settings
+from tests.unit.data.conftest import settings
 
 MAKING = Path(__file__).resolve().parents[3] / "data"
 
@@ -72,19 +71,3 @@ def test_digits_that_are_there_are_left_alone_and_a_missing_shard_is_made(
     after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {path for path in before if before[path] != after[path]} == {tmp_path / "train-000002.tar"}
     assert capsys.readouterr().out.count("already there") == 5
-
-
-def test_the_example_of_the_guide_makes_shards_from_a_folder_of_pictures(tmp_path: Path, monkeypatch) -> None:
-    [example] = re.findall(r"```python\n(.*?)```", (MAKING / "README.md").read_text(), re.DOTALL)
-    for number in range(6):
-        folder = tmp_path / "pictures" / f"class{number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.jpg").write_bytes(encoded(np.full((8, 8, 3), 40 * number, np.uint8), "JPEG"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "example.py").write_text(example)
-    runpy.run_path("example.py")
-    parts = [all_of(f"{name}-*.tar", 8, 2) for name in ("train", "test")]
-    images, labels = (torch.cat(both) for both in zip(*parts, strict=True))
-    numbers = (images[:, 0, 0, 0].int() + 20) // 40
-    assert sorted(numbers.tolist()) == list(range(6))
-    assert labels.tolist() == (numbers % 2).tolist()

@@ -8,6 +8,7 @@ import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -291,3 +292,60 @@ def test_the_real_shards_are_indexed_as_their_readme_says(shared: Path) -> None:
     assert counts["cifar10-train-000001.tar"] == 5000
     assert counts["flowers5-test-000000.tar"] == 50
     assert counts["omniglot40-train-000000.tar"] == 400
+
+
+NAMES = [
+    "a",
+    "a.b/c",
+    "deep/er/and/deeper/d",
+    "\u00e9t\u00e9/\u65e5\u672c",
+    "with space",
+    "UPPER",
+    "e\u0301",
+    "x" * 180,
+    "y/" * 60 + "z",
+]
+SUFFIXES = ["jpg", "PNG", "cls", "json", "txt", "seg.png", "npy", "pickle", "cls.bak"]
+
+
+@pytest.mark.parametrize("style", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("trial", range(4))
+def test_members_in_any_order_and_company_are_the_samples_that_webdataset_makes(
+    tmp_path: Path, trial: int, style: int
+) -> None:
+    rng = np.random.default_rng(trial)
+    members = []
+    once, again = rng.permutation(NAMES).tolist(), rng.permutation(NAMES).tolist()
+    if again[0] == once[-1]:
+        again.reverse()
+    for key in [*once, *again]:  # twice: with another key between them they are two samples
+        chosen = rng.permutation(SUFFIXES)[: rng.integers(1, len(SUFFIXES))].tolist()
+        members += [(f"{key}.{suffix}", f"{key} {suffix} {rng.integers(99)}".encode()) for suffix in chosen]
+        members += [
+            [(f"{key}/", b""), ("._hidden.jpg", b"x"), ("__odd__/n.jpg", b"x"), ("README", b"x")][rng.integers(4)]
+        ]
+    path = write_tar(tmp_path / "s.tar", members, format=style)
+    with path.open("rb") as file:
+        truth = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])))
+    pictures = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pnm")
+    truth = [one for one in truth if {"cls", *pictures} & one.keys()]
+    samples = samples_of(index(path)[0])
+    assert samples.keys() == [one["__key__"] for one in truth]
+    data = path.read_bytes()
+    for part, suffixes in (("image", pictures), ("cls", ["cls"]), ("json", ["json"]), ("txt", ["txt"])):
+        found = [None if at < 0 else data[at : at + size] for at, size in samples.where[part].tolist()]
+        assert found == [next((one[s] for s in suffixes if s in one), None) for one in truth]
+
+
+def test_links_and_folders_inside_a_tar_are_no_members(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in (
+            ("a.jpg", tarfile.SYMTYPE),
+            ("b.jpg", tarfile.LNKTYPE),
+            ("c.jpg", tarfile.DIRTYPE),
+            ("d.jpg", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    assert index(tmp_path / "s.tar")[0].count == 0

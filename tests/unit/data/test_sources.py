@@ -8,11 +8,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from softmoe_train.changes import changed_settings
 from softmoe_train.config import ConfigError, compose
 from softmoe_train.data import Cursor, build_stream, check_data, make_indexes
 from softmoe_train.data.mixture import Mixture, source_seed
 from softmoe_train.data.order import Order
-from softmoe_train.settings import RunConfig, changed_settings
+from softmoe_train.settings import RunConfig
 from tests.unit.data.conftest import encoded, numbered_picture, numbers_of, settings, write_tar
 
 WEIGHTS = {"few": 1, "many": 3}
@@ -208,3 +209,11 @@ def test_shards_of_a_source_may_be_moved_under_a_run_and_nothing_else_of_it_chan
         [told] = changed_settings(plain, other)
         assert told.startswith(f"data.mixture.a.{key}=7 (was ")
     assert len(changed_settings(plain, {"data": {"mixture": None}})) == 2
+
+
+def test_a_run_from_before_there_were_these_settings_goes_on() -> None:
+    now = {"data": settings().model_dump()}
+    added = {"mixture", "label", "classes", "text", "keep", "quarantine", "max_broken_fraction"}
+    before = {"data": {key: value for key, value in now["data"].items() if key not in added}}
+    assert changed_settings(before, now) == []
+    assert changed_settings(before, {"data": {**now["data"], "label": "json:a"}}) == ["data.label=json:a (was cls)"]

@@ -122,6 +122,30 @@ def test_good_shards_have_no_fault_and_exit_code_zero(tmp_path: Path, capsys) ->
     assert (tmp_path / "spread.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_labels_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    write(tmp_path / "names.txt", b"ant\nbee\n")
+    facts = {"a": {"of": "bee"}, "b": {"of": "wasp"}, "c": {}}
+    members = [
+        (f"{key}.{suffix}", data)
+        for key, value in facts.items()
+        for suffix, data in (("json", json.dumps(value).encode()), ("png", picture(ord(key))))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    asked = ["data.label=json:of", f"data.classes={tmp_path}/names.txt", "model.num_classes=2"]
+    assert check(tmp_path / "a.tar", *asked, f"out={tmp_path}/found.json") == 1
+    assert found(tmp_path / "found.json") == {"label malformed": {"b", "c"}}
+    assert json.loads((tmp_path / "found.json").read_text())["splits"]["train"]["labels"] == {"1": 1}
+
+
+def test_what_a_filter_leaves_out_is_no_fault_and_not_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", good(*range(10)))
+    asked = ["data.keep.labels=[3,4]", "data.keep.renumber=true", "model.num_classes=2"]
+    assert check(tmp_path / "a.tar", *asked, f"out={tmp_path}/found.json") == 0
+    assert json.loads((tmp_path / "found.json").read_text())["splits"]["train"]["good"] == 2
+    write_tar(tmp_path / "b.tar", [*good(1, 2), ("bad1.png", b"nothing")])
+    assert check(tmp_path / "b.tar", "data.keep.keys=^s0") == 0
+
+
 def test_the_document_does_not_depend_on_processes(faulty: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         check(faulty, f"out={tmp_path}/{processes}.json", f"processes={processes}")
@@ -184,9 +208,9 @@ def test_a_layout_that_cannot_be_fed_is_a_problem_with_the_legal_ones(tmp_path: 
 
 
 def test_mistakes_of_both_kinds_of_keys_are_told_at_once(tmp_path: Path, capsys) -> None:
-    assert check(tmp_path / "nothing", "rank=3", "data.label=hard", f"out={tmp_path}") == 2
+    assert main(["shards", "check", "data.train=nothing", "rank=3", f"out={tmp_path}"]) == 2
     said = capsys.readouterr().err
-    for word in ("nothing", "out=", "there is no key rank", "data.label"):
+    for word in ("data.train=nothing", "out=", "there is no key rank"):
         assert word in said, word
     assert main(["shards", "check", "data=synthetic", "quarantine=x.txt"]) == 2
     assert "quarantine=x.txt is not a .jsonl file" in capsys.readouterr().err

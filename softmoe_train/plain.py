@@ -1,0 +1,16 @@
+"""This file owns how a name or a reason from outside is shown: on one line, without what steers a terminal, and not without end."""
+
+_LONGEST = 240  # characters
+
+
+def plain(text: object, longest: int = _LONGEST) -> str:
+    """`text` with each character that does not print written as its escape, and the middle of a long one left out."""
+    text = str(text)
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
