@@ -207,7 +207,7 @@ def fit(
                 log.warn(f"step {state.step}: {stalled}")
         spent = reports and broken.spent(state.broken_samples, state.images_seen)  # by what all ranks have just told
         with meter.paused():
-            measured = _measure(state, due, log)
+            measured = {} if spent else _measure(state, due, log)  # what ends a run must not fail before it is saved
             if last or asked or spent or (saves and _may_save(state, plan, log)):
                 state.best = best_of(plan.best, saver.settle(state.best), state.step, measured)
                 _save(state, plan, saver.save if last or asked or spent else saver.begin)

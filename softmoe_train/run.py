@@ -74,7 +74,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         engine = build_engine(config, topology, device)
         clock.done("engine")
         _index(config, world)
-        stream = _stream(config, world)
+        stream = _stream(config, world, device)
         evaluators = _evaluators(config, world, watch)
         clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
@@ -186,7 +186,7 @@ def _left_out(config: RunConfig, world: World) -> list[str]:
     return left_out(config.data, needs_test=config.evals.upstream is not None)
 
 
-def _stream(config: RunConfig, world: World) -> ImageStream:
+def _stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:
     """The training stream of this rank; raises ConfigError where there are none, or hosts see others."""
     try:
         stream = build_stream(
@@ -197,6 +197,7 @@ def _stream(config: RunConfig, world: World) -> ImageStream:
             global_batch=config.batch_size,
             rank=world.rank,
             world=world.size,
+            pinned=device.type == "cuda",
         )
     except ValueError as error:  # a filter that leaves nothing, say: it is the same on every rank
         raise ConfigError([str(error)]) from None

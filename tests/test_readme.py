@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softmoe_train.bench.settings import InferSettings, LayerSettings
+from softmoe_train.bench.settings import InferSettings, LayerSettings, StreamSettings
 from softmoe_train.checkpoint import CheckpointStore
 from softmoe_train.commands.bench import MEASURES
 from softmoe_train.commands.main import main
@@ -54,7 +54,7 @@ def test_documented_proofs_and_measurements_compose() -> None:
     assert len(proofs) >= 3
     assert {words[0] for words in measurements} == set(MEASURES)
     for words in [*proofs, *(words[1:] for words in measurements if words[0] != "layer")]:
-        own = (*ParityConfig.model_fields, *InferSettings.model_fields)
+        own = (*ParityConfig.model_fields, *InferSettings.model_fields, *StreamSettings.model_fields)
         compose(RunConfig, [word for word in words if word.partition("=")[0] not in own], lambda _: [])
     (layer,) = (words[1:] for words in measurements if words[0] == "layer")
     settings, problems = compose_own(LayerSettings, "bench_layer.yaml", layer)

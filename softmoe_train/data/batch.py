@@ -86,6 +86,16 @@ class Batch:
             sample_ids=self.sample_ids.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory, from which `to` a CUDA device does not wait; torch's loader calls it."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            mask=self.mask.pin_memory(),
+            sample_ids=self.sample_ids.pin_memory(),
+        )
+
     def split(self, n: int) -> list[Batch]:
         """`n` equal consecutive micro-batches, the first of which carries `broken`; raises ValueError if uneven."""
         if n < 1 or len(self) % n:

@@ -45,9 +45,20 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
 
 
 def build_stream(
-    cfg: DataConfig, *, image_size: int, num_classes: int, seed: int, global_batch: int, rank: int, world: int
+    cfg: DataConfig,
+    *,
+    image_size: int,
+    num_classes: int,
+    seed: int,
+    global_batch: int,
+    rank: int,
+    world: int,
+    pinned: bool = False,
 ) -> ImageStream:
-    """The endless training stream of `rank`: square images of `image_size` pixels; raises ValueError on mistakes."""
+    """The endless training stream of `rank`: square images of `image_size` pixels; raises ValueError on mistakes.
+
+    `pinned` has decode workers' batches lie in pinned memory, which only a CUDA device is for.
+    """
     problems = check_streams(cfg.streams, global_batch, world) + _check_mixup(cfg, global_batch, world)
     if problems:
         raise ValueError("\n".join(problems))
@@ -71,7 +82,7 @@ def build_stream(
                 cfg.randaugment,
                 scaled,
             )
-            decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
+            decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken, pinned and cfg.workers > 0)
             return WebDatasetStream(pictures, order, share, mixup, decoding, facts)
 
 
@@ -89,7 +100,7 @@ def build_eval_stream(
             source = indexed(NamedSpec("data.test", cfg.test), build_rules(cfg), catalog)
             reader = _reader(cfg, catalog, source, num_classes)
             pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None, False)
-            decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken)
+            decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken, False)
             return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
 
 

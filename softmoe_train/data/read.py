@@ -132,6 +132,7 @@ class SampleReader:
             if sum_of(data) == wanted:
                 return data
             data = self.files.again(shard, offset, size, good=lambda data: sum_of(data) == wanted)
+            self.bytes_read += len(data)
         except OSError as error:  # of a disk; what is at a URL has been tried again by now
             raise NotAsIndexedError(f"its {what} cannot be read ({error.strerror})") from None
         if len(data) != size:

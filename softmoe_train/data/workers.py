@@ -18,11 +18,12 @@ from softmoe_train.plain import plain
 
 @dataclass(frozen=True)
 class Decoding:
-    """How batches are prepared: worker processes, batches ahead of each, and how many broken samples are borne."""
+    """How batches are prepared: worker processes, batches ahead of each, how many broken samples are borne, and whether in pinned memory."""
 
     workers: int
     prefetch: int
     max_broken: int
+    pinned: bool
 
 
 def load_batches(
@@ -40,6 +41,7 @@ def load_batches(
         num_workers=decoding.workers,
         prefetch_factor=decoding.prefetch if decoding.workers else None,
         worker_init_fn=_start_worker,
+        pin_memory=decoding.pinned,  # by a thread of the training process, so that the way to the GPU runs beside the step before
         generator=torch.Generator(),  # its own: the loader's seed must not advance the global one
     )
     broken: list[Broken] = []

@@ -412,3 +412,20 @@ def test_locating_batches_ahead_changes_nothing(numbered_shards, steps: list[int
         where, truth = one._batches.located(position), one.order.locate(np.arange(position, position + 8))
         assert [part.tolist() for part in where] == [part.tolist() for part in truth]
         position += step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_lie_in_pinned_memory_and_are_the_same(numbered_shards) -> None:
+    cfg = settings(train=str(numbered_shards(40)), workers=2)
+    made = build_stream(cfg, image_size=4, num_classes=10, seed=7, global_batch=8, rank=0, world=1, pinned=True)
+    for pinned, plain in islice(zip(made, stream(cfg)), 4):
+        assert pinned.images.is_pinned() and pinned.labels.is_pinned()
+        assert same(pinned, plain)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="looks for shared memory")
+def test_a_workers_images_come_without_being_copied(numbered_shards) -> None:
+    cfg = settings(train=str(numbered_shards(40)), workers=1)
+    assert next(iter(stream(cfg))).images.is_shared()
+    assert not next(iter(stream(cfg.model_copy(update={"workers": 0})))).images.is_shared()
