@@ -204,10 +204,6 @@ def test_stream_is_measured_beside_its_floors_and_the_plain_pipeline(tmp_path: P
             ["stream", "data=cifar10", "data.train=/none", "data.workers=0"],
             ["data.train_transform.kind=padded_crop: the comparison is of random crops", "data.workers=0: ", "data.train=/none"],
         ),
-        (
-            ["stream", "data=inception", "data.label=json:name", "data.keep.keys=x"],
-            ["data.label=json:name is not measured", "data.keep.keys=x is not measured"],
-        ),
         (["layer", "experts=3", "width=0"], ["experts=3 does not divide", "width=0: input should be"]),
         (["infer", "recipe=debug", "model.moe.blocks=[]", "imags=2"], ["model has no experts", "did you mean images"]),
         (

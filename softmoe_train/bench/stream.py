@@ -4,11 +4,9 @@ Beside it are its floors (bare decoding; a bare loop of the same decoding, the s
 same pictures and crops. They are the first of data.train, copied into temporary shards, as many as two for each worker.
 """
 
-import io
 import math
 import os
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -21,13 +19,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image
 
+from softmoe_train.bench.pictures import copy_pictures
 from softmoe_train.bench.plain import Crop, PlainSamples, plain_batches
 from softmoe_train.bench.rounds import Side, Spread, Timings, measure, no_reset
 from softmoe_train.bench.settings import Measuring, StreamSettings
 from softmoe_train.bench.table import Outcome, progress, ratio
-from softmoe_train.config import ConfigError
 from softmoe_train.data import Batch, Cursor, ImageStream, WebDatasetConfig, build_stream, check_data
 from softmoe_train.data.decode import decode_image, open_image
 from softmoe_train.data.keyed import Draws
@@ -79,16 +76,6 @@ def stream_problems(own: Measuring | None, config: RunConfig) -> list[str]:
         problems.append("data.workers=0: the stream is measured through workers too; use 1 or more")
     if data.labels != "hard" or data.mixture is not None:
         problems.append("data.labels=multi_hot and data.mixture are not measured: use one set with one label a picture")
-    keep = {
-        "label": data.label if data.label != "cls" else None,
-        "keep.labels": data.keep.labels,
-        "keep.keys": data.keep.keys,
-    }
-    for key, value in {**keep, "classes": data.classes, "text": data.text, "quarantine": data.quarantine}.items():
-        if value is not None:
-            problems.append(
-                f"data.{key}={value} is not measured: copies of pictures have a .cls of their own; leave it out"
-            )
     if isinstance(own, StreamSettings):
         data = data.model_copy(update={"streams": math.gcd(data.streams, own.images)})
         problems += check_data(
@@ -100,7 +87,7 @@ def stream_problems(own: Measuring | None, config: RunConfig) -> list[str]:
 def bench_stream(settings: StreamSettings, config: RunConfig) -> Outcome:
     """Measure in this process, single-threaded as a decode worker is, and then through workers."""
     with tempfile.TemporaryDirectory() as folder, _threads(1), _cache_in(folder):
-        data = _copy_pictures(settings, config, Path(folder))
+        data = copy_pictures(settings, config, Path(folder))
         size, seed = config.model.image_size, config.seed
 
         def stream(workers: int) -> WebDatasetStream:
@@ -255,64 +242,6 @@ def _cost_of_order(stream: WebDatasetStream, settings: StreamSettings) -> float:
             batches.located(position)
         seconds.append((time.perf_counter() - begin) / 64)
     return statistics.median(seconds[settings.warmup :])
-
-
-def _copy_pictures(settings: StreamSettings, config: RunConfig, folder: Path) -> WebDatasetConfig:
-    """The first pictures of data.train in shards of their own, enlarged if wanted; returns the data configuration that reads them."""
-    data = cast(WebDatasetConfig, config.data)
-    plain = {"streams": math.gcd(data.streams, settings.images), "randaugment": None, "mixup": None, "max_broken": 0}
-    data = data.model_copy(update=plain)
-    try:
-        stream = build_stream(
-            data,
-            image_size=config.model.image_size,
-            num_classes=10**6,
-            seed=0,
-            global_batch=settings.images,
-            rank=0,
-            world=1,
-        )
-    except ValueError as error:  # a filter that leaves nothing, say
-        raise ConfigError([str(error)]) from None
-    reader = cast(WebDatasetStream, stream).pictures.reader
-    pictures: list[bytes] = []
-    for shard in range(len(reader.shards)):
-        for index in range(reader.shards[shard].count):
-            if len(pictures) < settings.images * settings.batches:
-                image = reader.stored(shard, index)[0]
-                if image.startswith(b"\xff\xd8\xff"):
-                    pictures.append(image if settings.megapixels is None else _enlarged(image, settings.megapixels))
-    paths = [str(folder / f"bench-{number:06d}.tar") for number in range(2 * data.workers)]
-    if len(pictures) < len(paths):
-        raise ConfigError([f"data.train={data.train} has {len(pictures)} JPEGs to measure; {len(paths)} are the least"])
-    for number, path in enumerate(paths):
-        with tarfile.open(path, "w") as tar:
-            for place in range(number, len(pictures), len(paths)):
-                for suffix, content in (("jpg", pictures[place]), ("cls", b"0")):
-                    member = tarfile.TarInfo(f"{place:08d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    unread = {
-        "label": "cls",
-        "classes": None,
-        "text": None,
-        "quarantine": None,
-    }  # the copies are numbered 0, and all are read
-    keep = data.keep.model_copy(update={"labels": None, "keys": None, "renumber": False})
-    return data.model_copy(update={"train": paths, "keep": keep, **unread})
-
-
-def _enlarged(data: bytes, megapixels: float) -> bytes:
-    """A JPEG of at least so many pixels: the picture at twice its size, mirrored and repeated, as a camera would save it."""
-    picture = Image.fromarray(decode_image(data, max_pixels=1 << 28))
-    tile = np.asarray(picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC))
-    block = np.concatenate([tile, tile[:, ::-1]], 1)
-    block = np.concatenate([block, block[::-1]], 0)
-    times = math.ceil(math.sqrt(megapixels * 1e6 / (tile.shape[0] * tile.shape[1])))
-    whole = np.tile(block, (-(-times // 2), -(-times // 2), 1))[: times * tile.shape[0], : times * tile.shape[1]]
-    file = io.BytesIO()
-    Image.fromarray(whole).save(file, "JPEG", quality=90, subsampling="4:2:0")
-    return file.getvalue()
 
 
 def _jobs(stream: WebDatasetStream, data: WebDatasetConfig, settings: StreamSettings, seed: int) -> list[Job]:
