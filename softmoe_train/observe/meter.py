@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 GIB = 2**30
-STALL_SHARE, STALL_REPORTS = 0.1, 3
+STALL_SHARE, STALL_REPORTS = 0.15, 3
 _REMEDY = (
     "raise data.workers as far as there are cores, or decode less by data.scaled_decode=true and data.train_transform.arithmetic=uint8; "
     "softmoe bench stream tells what takes how long"

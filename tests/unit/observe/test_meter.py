@@ -100,5 +100,5 @@ def test_a_stall_is_told_in_plain_words_with_the_remedy() -> None:
     watch = StallWatch()
     [text] = [t for _ in range(4) if (t := watch.see({"perf/data_share": 0.34, "perf/data_seconds": 0.12}))]
     assert text.startswith(
-        "steps wait for data: 34 % of the time (120 ms a step), and in each of the last 3 reports more than 10 %; raise data.workers"
+        "steps wait for data: 34 % of the time (120 ms a step), and in each of the last 3 reports more than 15 %; raise data.workers"
     )
