@@ -1,5 +1,6 @@
 """This file owns what a training set is made of: one set of shards, or several weighted sources, and the order over them."""
 
+import os
 from typing import NamedTuple
 
 from softmoe_train.data.catalog import Catalog
@@ -108,7 +109,7 @@ def indexed(named: NamedSpec, rules: Rules, catalog: Catalog) -> Source:
 
 
 def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
-    """What a person wants to know of samples that data.keep and data.quarantine leave out, a message each.
+    """What a person wants to know of samples that are left out, and of tars that are both trained on and held out, a message each.
 
     Every shard must have been indexed and chosen from before; raises ValueError where nothing is left.
     """
@@ -118,9 +119,22 @@ def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
     told = [
         f"{key}: {text}" for (key, _), source in zip(specs, sources, strict=True) for text in told_of_keep(cfg, *source)
     ]
+    told += _told_of_both(sources[:-1], sources[-1]) if needs_test else []
     # The quarantine is one list for all of them: an entry is told as unmatched where none of them has it.
     shards = {shard.sha256: (shard, one) for source in sources for shard, one in zip(*source, strict=True)}
     return told + told_of_quarantine(cfg, *(list(column) for column in zip(*shards.values(), strict=True)))
+
+
+def _told_of_both(training: list[Source], held_out: Source) -> list[str]:
+    trained_on = {shard.sha256 for source in training for shard in source.shards}
+    both = [os.path.basename(shard.path) for shard in held_out.shards if shard.sha256 in trained_on]
+    if not both:
+        return []
+    more = f" and {len(both) - 3} more" if len(both) > 3 else ""
+    return [
+        f"data.test: {', '.join(both[:3])}{more} of {len(held_out.shards)} tars are trained on too: what is measured there is not held out; name "
+        f"the parts apart, as data.train='FOLDER/train-*.tar' data.test='FOLDER/test-*.tar'"
+    ]
 
 
 def _order(cfg: WebDatasetConfig, source: Source, seed: int) -> Order:

@@ -109,7 +109,7 @@ def test_a_label_that_a_disk_does_not_give_ends_the_start_and_is_not_left_out_fo
     tar.write_bytes(sound[:at] + b"9" + sound[at + 1 :])
     os.utime(tar, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     [problem] = make_indexes(cfg, part=0, parts=1, needs_test=False)
-    assert problem.startswith("data.keep.labels: sample sample-000003 of ")
+    assert problem.startswith("data.train: data.keep.labels: sample sample-000003 of ")
     path = quarantine(tmp_path / "q.jsonl", entries(folder, 3))
     kept_without = cfg.model_copy(update={"quarantine": path, "keep": cfg.keep.model_copy(update={"labels": [2]})})
     assert held_out(kept_without) == [2]
@@ -175,7 +175,8 @@ def test_the_start_tells_how_many_are_in_quarantine_and_which_are_nowhere(number
     lines = [*entries(folder, 1, 2, 6, times=3), *entries(folder, 1)]
     lines.append({"shard": "gone.tar", "sha256": "0" * 64, "key": "k", "reason": "r"})
     cfg = settings(train=str(folder), test=str(folder), quarantine=quarantine(tmp_path / "q.jsonl", lines))
-    *sides, listed, unmatched = left_out(cfg, needs_test=True)
+    *sides, both, listed, unmatched = left_out(cfg, needs_test=True)
+    assert "are trained on too" in both
     assert sides == ["data.train: 5 of 8 samples remain", "data.test: 5 of 8 samples remain"]
     assert listed.endswith("lists 7 samples, of which 3 are here and left out: train-000000.tar 2, train-000001.tar 1")
     assert unmatched.endswith(
@@ -183,6 +184,15 @@ def test_the_start_tells_how_many_are_in_quarantine_and_which_are_nowhere(number
         "train-000000.tar sample-000006, train-000001.tar sample-000001, train-000001.tar sample-000002, gone.tar k"
     )
     assert held_out(cfg) == [0, 3, 4, 5, 7]
+
+
+def test_a_tar_that_is_trained_on_and_held_out_is_told(tmp_path: Path) -> None:
+    for name in ("train-0", "test-0"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", encoded(numbered_picture(1))), (f"{name}.cls", b"1")])
+    apart = settings(train=f"{tmp_path}/train-0.tar", test=f"{tmp_path}/test-0.tar")
+    assert left_out(apart, needs_test=True) == []
+    [told] = left_out(settings(train=str(tmp_path), test=f"{tmp_path}/test-0.tar"), needs_test=True)
+    assert told.startswith("data.test: test-0.tar of 1 tars are trained on too")
 
 
 def test_a_key_that_a_tar_has_twice_is_two_samples_and_both_are_left_out(tmp_path: Path) -> None:
