@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 from softmoe_train.config import ConfigError, compose
 from softmoe_train.dist import World
 from softmoe_train.run import _stream
@@ -16,7 +18,7 @@ def problem_of(rank: int, world: int, folders: list[str]) -> str:
     overrides = ["recipe=debug", "data=digits", f"data.train={folders[rank]}", "data.streams=4", "batch_size=4"]
     config = compose(RunConfig, overrides, lambda _: [])
     try:
-        _stream(config, World(rank, world, rank, world))
+        _stream(config, World(rank, world, rank, world), torch.device("cpu"))
     except ConfigError as error:
         return str(error)
     return ""
