@@ -42,6 +42,12 @@ class TrainState:
     best: Best | None = None  # the checkpoint that is kept for its value
     bad_steps: BadSteps = NONE_YET  # the data that is passed over, and what the next bad step is judged by
 
+    def advance(self, cursor: Cursor) -> int:
+        """Count the step whose batch ends at `cursor`; how many images it had."""
+        images = cursor.position - self.cursor.position
+        self.step, self.cursor, self.images_seen = self.step + 1, cursor, self.images_seen + images
+        return images
+
     def loop_document(self) -> dict[str, Any]:
         """The part that is not tensors, as JSON."""
         return {
@@ -156,12 +162,10 @@ def fit(
     Or it returns the bad data to pass over: the caller goes back to a state from before it, and calls again. Raises
     TooManyBrokenError on every rank where more samples were broken than the run bears, once that step is saved.
     """
+    # Before workers start; or there is nothing to go back to, until the first checkpoint.
     if state.step == 0 and plan.bad_steps.then == "rollback":
-        _save(
-            state, plan, saver.save
-        )  # before workers start; or there is nothing to go back to, until the first checkpoint
-    device = state.engine.device
-    meter, stalls, watch = Meter(device), StallWatch(), StepWatch(plan.bad_steps, plan.bad_batches, log)
+        _save(state, plan, saver.save)
+    meter, stalls, watch = Meter(state.engine.device), StallWatch(), StepWatch(plan.bad_steps, plan.bad_batches, log)
     broken = BrokenWatch(plan.budget, plan.broken_file, log)
     if state.step < plan.last:
         broken.check(state.broken_samples, state.images_seen, state.broken, state.step)
@@ -172,11 +176,8 @@ def fit(
             batch = next(batches)
         begin = state.cursor.position  # after `next`, which may pass over bad data
         lr = plan.learning_rate(state.step)
-        report = train_step(state.engine, batch.to(device), lr, plan.micro_batches)
-        state.step += 1
-        state.cursor = batch.cursor
-        state.images_seen += state.cursor.position - begin
-        meter.step(state.cursor.position - begin)
+        report = train_step(state.engine, batch.to(state.engine.device), lr, plan.micro_batches)
+        meter.step(state.advance(batch.cursor))
         watch.see(state.step, begin, state.cursor.position, report.loss, report.grads.skipped)
         broken.see(batch)
         if broken.over(state.broken_samples):
@@ -188,32 +189,42 @@ def fit(
         due = {source: one for source, one in evaluators.items() if last or _due(state.step, one.every)}
         saves = last or asked or _due(state.step, plan.save_every)
         reports = saves or _due(state.step, plan.report_every)
-        if reports or due or watch.full:
-            # Before anything is said of this step: what a rollback takes back, from its last step on, nobody has heard of.
-            judgement = watch.judge(state.bad_steps)
-            if judgement.too_much is not None:
-                return judgement.too_much
-            state.bad_steps = judgement.after
-            state.skipped_updates += judgement.skipped
+        # Before anything is said of this step: what a rollback takes back, from its last step on, nobody has heard of.
+        if (reports or due or watch.full) and (too_much := _judge(state, watch)) is not None:
+            return too_much
         if asked:
             log.message(f"{asked}: saving step {state.step}, then ending")
         if reports:
-            metrics = _train_metrics(state, plan, report, lr, broken)
-            metrics |= {f"data/{name}": value for name, value in stream.measures(state.cursor).items()}
-            rates = meter.read()
-            log.report(state.step, state.images_seen, metrics | rates)
-            stalled = stalls.see(rates)
-            if stalled is not None:
-                log.warn(f"step {state.step}: {stalled}")
+            metrics = _train_metrics(state, plan, stream, report, lr, broken)
+            _report(state, metrics, meter.read(), stalls, log)
         spent = reports and broken.spent(state.broken_samples, state.images_seen)  # by what all ranks have just told
+        ends = last or asked or spent
         with meter.paused():
             measured = {} if spent else _measure(state, due, log)  # what ends a run must not fail before it is saved
-            if last or asked or spent or (saves and _may_save(state, plan, log)):
+            if ends or (saves and _may_save(state, plan, log)):
                 state.best = best_of(plan.best, saver.settle(state.best), state.step, measured)
-                _save(state, plan, saver.save if last or asked or spent else saver.begin)
+                _save(state, plan, saver.save if ends else saver.begin)
         if spent:
             broken.check(state.broken_samples, state.images_seen, state.broken, state.step)
     return "complete" if state.step >= plan.steps else asked or "stopped"
+
+
+def _judge(state: TrainState, watch: StepWatch) -> BadData | None:
+    """Take into the state what was seen of bad steps; or return what is to be passed over, and take nothing."""
+    judgement = watch.judge(state.bad_steps)
+    if judgement.too_much is None:
+        state.bad_steps = judgement.after
+        state.skipped_updates += judgement.skipped
+    return judgement.too_much
+
+
+def _report(
+    state: TrainState, metrics: dict[str, float], rates: dict[str, float], stalls: StallWatch, log: SilentLog
+) -> None:
+    log.report(state.step, state.images_seen, metrics | rates)
+    stalled = stalls.see(rates)
+    if stalled is not None:
+        log.warn(f"step {state.step}: {stalled}")
 
 
 def _due(step: int, every: int) -> bool:
@@ -255,7 +266,7 @@ def _save(state: TrainState, plan: Plan, save: Callable[..., None]) -> None:
 
 
 def _train_metrics(
-    state: TrainState, plan: Plan, report: StepReport, lr: float, broken: BrokenWatch
+    state: TrainState, plan: Plan, stream: ImageStream, report: StepReport, lr: float, broken: BrokenWatch
 ) -> dict[str, float]:
     """One step's measures and the counts so far, equal on every rank; reads the device."""
     loss, samples = sum_over_world(torch.stack([report.loss, report.loss.new_tensor(broken.unread)])).tolist()
@@ -269,6 +280,7 @@ def _train_metrics(
         "data/broken_samples": state.broken_samples,
     }
     metrics |= {name: count for name, count in counts.items() if count}
+    metrics |= {f"data/{name}": value for name, value in stream.measures(state.cursor).items()}
     return metrics | state.broken.measures() | _routing_metrics(plan.expert_blocks, report.grads.told)
 
 
