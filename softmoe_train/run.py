@@ -74,7 +74,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         engine = build_engine(config, topology, device)
         clock.done("engine")
         _index(config, world)
-        stream = _stream(config, world, device)
+        stream = training_stream(config, world, device)
         evaluators = _evaluators(config, world, watch)
         clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
@@ -186,8 +186,8 @@ def _left_out(config: RunConfig, world: World) -> list[str]:
     return left_out(config.data, needs_test=config.evals.upstream is not None)
 
 
-def _stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:
-    """The training stream of this rank; raises ConfigError where there are none, or hosts see others."""
+def training_stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:
+    """The training stream of this rank; raises ConfigError where no sample is left, or hosts see others. Collective over the world."""
     try:
         stream = build_stream(
             config.data,

@@ -17,13 +17,13 @@ from softmoe_train.bench.rounds import Side, Spread, Timings, measure, no_reset
 from softmoe_train.bench.settings import Measuring, StepSettings
 from softmoe_train.bench.table import Outcome, milliseconds, progress, ratio
 from softmoe_train.config import ConfigError
-from softmoe_train.data import Batch, Cursor, build_stream, check_data, make_indexes
+from softmoe_train.data import Batch, Cursor, check_data, make_indexes
 from softmoe_train.dist import World, gather_over_world, gather_texts
 from softmoe_train.engine.protocol import Engine
 from softmoe_train.loop import train_step
 from softmoe_train.model.count import training_flops
 from softmoe_train.parallel.topology import Topology
-from softmoe_train.run import DTYPES, build_engine, build_topology
+from softmoe_train.run import DTYPES, build_engine, build_topology, training_stream
 from softmoe_train.settings import RunConfig
 
 LR = 0.0  # weights stay, the arithmetic is the same
@@ -60,7 +60,7 @@ def bench_step(settings: StepSettings, config: RunConfig, world: World, device: 
     topology = build_topology(config, world, device)
     engine = build_engine(config, topology, device)
     rehearsal = Rehearsal(
-        engine, config, _batches(settings, config, world), travels=topology.ep.size() > 1 and not config.compile
+        engine, config, _batches(settings, config, world, device), travels=topology.ep.size() > 1 and not config.compile
     )
     with progress(settings.rounds + settings.warmup, shown=world.main) as advance:
         timings = measure(
@@ -162,7 +162,7 @@ class Rehearsal:
             layer.exchange = TimedExchange(exchange, self.clock) if on else exchange
 
 
-def _batches(settings: StepSettings, config: RunConfig, world: World) -> Iterator[Batch]:
+def _batches(settings: StepSettings, config: RunConfig, world: World, device: torch.device) -> Iterator[Batch]:
     match settings.batches:
         case "made":
             return itertools.repeat(_made(config, world))
@@ -171,16 +171,7 @@ def _batches(settings: StepSettings, config: RunConfig, world: World) -> Iterato
             problems = gather_texts(make_indexes(config.data, part=part, parts=parts, needs_test=False))
             if problems:
                 raise ConfigError(problems)
-            stream = build_stream(
-                config.data,
-                image_size=config.model.image_size,
-                num_classes=config.model.num_classes,
-                seed=config.seed,
-                global_batch=config.batch_size,
-                rank=world.rank,
-                world=world.size,
-            )
-            return iter(stream)
+            return iter(training_stream(config, world, device))
 
 
 def _made(config: RunConfig, world: World) -> Batch:

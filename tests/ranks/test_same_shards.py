@@ -7,7 +7,7 @@ import torch
 
 from softmoe_train.config import ConfigError, compose
 from softmoe_train.dist import World
-from softmoe_train.run import _stream
+from softmoe_train.run import training_stream
 from softmoe_train.settings import RunConfig
 from tests.ranks.launch import run_ranks
 from tests.unit.data.conftest import encoded, numbered_picture, write_tar
@@ -18,7 +18,7 @@ def problem_of(rank: int, world: int, folders: list[str]) -> str:
     overrides = ["recipe=debug", "data=digits", f"data.train={folders[rank]}", "data.streams=4", "batch_size=4"]
     config = compose(RunConfig, overrides, lambda _: [])
     try:
-        _stream(config, World(rank, world, rank, world), torch.device("cpu"))
+        training_stream(config, World(rank, world, rank, world), torch.device("cpu"))
     except ConfigError as error:
         return str(error)
     return ""
