@@ -3,17 +3,14 @@
 import random
 import signal
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.ports import free_ports
 from tests.runs import alive, children_of, command, environment, metrics, same_bits, softmoe, stored
+from tests.s3 import s3_server
 
 pytestmark = pytest.mark.full
 RUN = ["recipe=debug", "processes=2", "steps=60", "checkpoint.every=1", "observe.every=1", "checkpoint.folder=s3://bucket/runs/mine"]  # fmt: skip
@@ -25,34 +22,9 @@ def server(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment in which s3:// is a server with one bucket."""
     s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto")
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    names = {
-        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
-        )
-        try:
-            _wait_for(url)
-            s3fs.S3FileSystem(endpoint_url=url, key="any", secret="any").mkdir("bucket")
-            yield names
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(url)
+    with s3_server(tmp_path / "server.log") as names:
+        s3fs.S3FileSystem(endpoint_url=names["AWS_ENDPOINT_URL"], key="any", secret="any").mkdir("bucket")
+        yield names
 
 
 def test_a_run_killed_at_random_instants_is_bit_identical_to_one_on_a_disk_that_was_not(

@@ -10,10 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softmoe_train.data.records import Resize, WebDatasetConfig
+from softmoe_train.data.records import InceptionCrop, Resize, WebDatasetConfig
 
 Member = tuple[str, bytes]
 SHARED = Path(os.environ.get("SOFTMOE_SHARED", Path(__file__).resolve().parents[4] / "shared")) / "data"
+# The paper's.
+INCEPTION = InceptionCrop(
+    kind="inception_crop",
+    min_area=0.05,
+    max_area=1.0,
+    min_aspect=0.75,
+    max_aspect=1.33,
+    antialias=False,
+    flip=True,
+    arithmetic="float32",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -12,21 +12,10 @@ import torch
 from softmoe_train.data import Batch, Cursor, ImageStream, WebDatasetConfig, build_stream, check_data
 from softmoe_train.data.keyed import Draws
 from softmoe_train.data.mixup import WHOLE, Mixup, larger_weight
-from softmoe_train.data.records import InceptionCrop, RandAugment
-from tests.unit.data.conftest import encoded, numbered_picture, settings, write_tar
+from softmoe_train.data.records import RandAugment
+from tests.unit.data.conftest import INCEPTION, encoded, numbered_picture, settings, write_tar
 from tests.unit.data.test_synthetic import settings as synthetic
 from tests.unit.data.test_synthetic import train
-
-INCEPTION = InceptionCrop(
-    kind="inception_crop",
-    min_area=0.05,
-    max_area=1.0,
-    min_aspect=0.75,
-    max_aspect=1.33,
-    antialias=False,
-    flip=True,
-    arithmetic="float32",
-)
 
 
 def stream(cfg: WebDatasetConfig, rank: int = 0, world: int = 1, *, batch: int = 16, size: int = 4) -> ImageStream:

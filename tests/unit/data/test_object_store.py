@@ -1,10 +1,6 @@
 """Shards in a real S3 server on this machine: `pip install s3fs "moto[server]"`, then `pytest -m full`. No test has gs://."""
 
 import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +10,7 @@ from softmoe_train.data import fetch, make_indexes
 from softmoe_train.data.index import index_shards
 from softmoe_train.data.places import ShardsError
 from softmoe_train.data.published import publish_index
-from tests.ports import free_ports
+from tests.s3 import s3_server
 from tests.unit.data.test_remote import agree, config, stream
 
 pytestmark = pytest.mark.full
@@ -25,26 +21,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an S3 server, which the environment names."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto")
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    names = {
-        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-    with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log, pytest.MonkeyPatch.context() as environment:
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with s3_server(log) as names, pytest.MonkeyPatch.context() as environment:
         for name, value in names.items():
             environment.setenv(name, value)
-        process = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log)
-        try:
-            for _ in range(300):
-                try:
-                    urllib.request.urlopen(url, timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield url
-        finally:
-            process.kill()
-            process.wait()
+        yield names["AWS_ENDPOINT_URL"]
 
 
 @pytest.fixture

@@ -17,19 +17,9 @@ from webdataset.gopen import gopen
 
 from softmoe_train.data import Batch, Cursor, UselessShardsError, WebDatasetConfig, build_eval_stream, build_stream
 from softmoe_train.data.order import Order
-from softmoe_train.data.records import InceptionCrop, PaddedCrop, Resize, ResizeCentralCrop
-from tests.unit.data.conftest import encoded, numbered_picture, numbers_of, settings, write_tar
+from softmoe_train.data.records import PaddedCrop, Resize, ResizeCentralCrop
+from tests.unit.data.conftest import INCEPTION, encoded, numbered_picture, numbers_of, settings, write_tar
 
-INCEPTION = InceptionCrop(
-    kind="inception_crop",
-    min_area=0.05,
-    max_area=1.0,
-    min_aspect=0.75,
-    max_aspect=1.33,
-    antialias=False,
-    flip=True,
-    arithmetic="float32",
-)
 TRANSFORMS = [
     INCEPTION,
     PaddedCrop(kind="padded_crop", padding=1, antialias=True, flip=True),

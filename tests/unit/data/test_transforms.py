@@ -15,18 +15,8 @@ from softmoe_train.data.transforms import (
     resize_small_and_crop,
     sample_crop,
 )
-from tests.unit.data.conftest import encoded
+from tests.unit.data.conftest import INCEPTION, encoded
 
-INCEPTION = InceptionCrop(
-    kind="inception_crop",
-    min_area=0.05,
-    max_area=1.0,
-    min_aspect=0.75,
-    max_aspect=1.33,
-    antialias=False,
-    flip=True,
-    arithmetic="float32",
-)
 PADDED = PaddedCrop(kind="padded_crop", padding=4, antialias=True, flip=True)
 
 
