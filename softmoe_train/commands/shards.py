@@ -13,7 +13,7 @@ from softmoe_train.shards.build import build_source, read_classes
 from softmoe_train.shards.check import check_shards, specs_of
 from softmoe_train.shards.histogram import draw_checked
 from softmoe_train.shards.index import index_data
-from softmoe_train.shards.report import print_checked, read_quarantine, write_document, write_quarantine
+from softmoe_train.shards.report import print_checked, read_list, write_document, write_quarantine
 from softmoe_train.shards.settings import CheckSettings, IndexSettings, MakeSettings
 from softmoe_train.shards.told import told_of
 
@@ -101,7 +101,7 @@ def _check_problems(settings: CheckSettings | None, run: RunConfig) -> list[str]
         problems.append(str(error))
     try:
         if settings is not None and settings.quarantine is not None:
-            read_quarantine(settings.quarantine)
+            read_list(settings.quarantine)
     except (ValueError, OSError) as error:
         problems.append(str(error))
     return problems

@@ -26,9 +26,9 @@ class Listed(NamedTuple):
     key: str
 
 
-def read_quarantine(path: str) -> list[Listed]:
-    """The samples that a file lists, each once; raises ValueError that names the first line that is no such thing."""
-    where, file = f"data.quarantine={path}", Path(path).expanduser()
+def read_quarantine(path: str, *, key: str = "data.quarantine") -> list[Listed]:
+    """The samples that a file lists, each once; raises ValueError that names `key` and the first line that is no such thing."""
+    where, file = f"{key}={path}", Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{where} is not a file; name one with a JSON object on each line, or use null")
     found: dict[tuple[str, str], Listed] = {}

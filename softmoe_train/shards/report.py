@@ -12,6 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from softmoe_train.data.quarantine import read_quarantine
 from softmoe_train.shards.check import Checked, Whole
 from softmoe_train.shards.findings import NOTICES, PROBLEMS, Finding
 from softmoe_train.shards.settings import StoppedError
@@ -56,28 +57,18 @@ def write_document(checked: Checked, path: str) -> None:
     _write_whole(path, lines())
 
 
-def read_quarantine(path: str) -> list[dict[str, Any]]:
-    """The lines of a list that is there; raises ValueError where one is none of it, so that nothing of it is lost."""
+def read_list(path: str) -> list[dict[str, Any]]:
+    """The lines of a quarantine list, if it is there, with all that they say; raises ValueError where training would not take one."""
     if not os.path.exists(path):
         return []
-    lines = []
+    read_quarantine(path, key="quarantine")
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict) or not {"shard", "sha256", "key", "reason"} <= entry.keys():
-                raise ValueError(
-                    f"quarantine={path}: line {number} is no entry of such a list; correct it, or give another file"
-                )
-            lines.append(entry)
-    return lines
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def write_quarantine(checked: Checked, path: str) -> tuple[int, int]:
     """Add what training is to leave out to the list at `path`; the number of samples that are new, and of all."""
-    before = read_quarantine(path)
+    before = read_list(path)
     known = {(entry["sha256"], entry["key"]) for entry in before}
     new: dict[tuple[str, str], Finding] = {}
     for finding in checked.tally.quarantined():
