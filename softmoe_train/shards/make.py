@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import softmoe_train
+from softmoe_train.observe.run_files import replace_text
 from softmoe_train.shards.index import publish
 from softmoe_train.shards.look import Look, Looked, left_out_in, left_out_of
 from softmoe_train.shards.order import Listing, Shard, cut, read_listing, split
@@ -176,9 +177,7 @@ def _finish(
             **{name: version(name) for name in ("webdataset", "pillow", "simplejpeg", "numpy")},
         },
     }
-    part = out / f"{MADE}{PART}"
-    part.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(part, out / MADE)
+    replace_text(out / MADE, json.dumps(document, indent=1) + "\n")
     shutil.rmtree(out / WORK)
     return _made(document, already=False)
 
@@ -270,9 +269,7 @@ def _kind(reason: str) -> str:
 
 
 def _write_left_out(out: Path, left: list[LeftOut]) -> None:
-    part = out / f"{LEFT_OUT}{PART}"
-    part.write_text("".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in left), encoding="utf-8")
-    os.replace(part, out / LEFT_OUT)
+    replace_text(out / LEFT_OUT, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in left))
 
 
 def _made(document: dict[str, Any], *, already: bool) -> Made:

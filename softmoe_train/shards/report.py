@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import rich.console
 import rich.table
 
 from softmoe_train.data.quarantine import read_quarantine
+from softmoe_train.observe.run_files import replace_text
 from softmoe_train.shards.check import Checked, Whole
 from softmoe_train.shards.findings import NOTICES, PROBLEMS, Finding
 from softmoe_train.shards.settings import StoppedError
@@ -143,13 +143,7 @@ def _document(whole: Whole) -> dict[str, Any]:
 
 
 def _write_whole(path: str, lines: Iterator[str]) -> None:
-    """A file that is there whole, or as it was before."""
-    handle, temporary = tempfile.mkstemp(dir=Path(path).resolve().parent, suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        replace_text(Path(path), "".join(lines))
     except OSError as error:
-        os.unlink(temporary)
         raise StoppedError(f"{path} cannot be written: {error}") from None
