@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from softmoe_train.data import build_eval_stream, build_stream
 from softmoe_train.data.batch import Broken
@@ -43,6 +44,7 @@ def child(work: Callable[[], list[str]], folder: Path) -> list[str]:
             resource.setrlimit(resource.RLIMIT_AS, (_memory(0) + MEMORY,) * 2)
             file = os.open(printed, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
             os.dup2(file, 1), os.dup2(file, 2)
+            torch.set_num_threads(1)  # as the workers of a stream do: the pool of the parent's threads is not forked
             before = _memory(1)
             try:
                 found = work()
