@@ -32,6 +32,8 @@ class Record(BaseModel):
 
 R = TypeVar("R", bound=Record)
 NO_FILE = "no such file under conf/"
+# Mappings whose keys are a user's own names.
+OPEN = re.compile(r"evals\.\w+\.sets\.")
 HYDRA = re.compile(r"[+~]*hydra[./=]")
 Tree = dict[str, Any]
 
@@ -65,6 +67,26 @@ def compose(record: type[R], overrides: list[str], check: Callable[[R], list[str
     config, found = parse(record, tree)
     problems += found
     if config is not None and not any(NO_FILE in problem for problem in problems):  # else it would judge another choice
+        problems += check(config)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def compose_onto(record: type[R], saved: Tree, overrides: list[str], check: Callable[[R], list[str]]) -> R:
+    """The configuration of a saved run with `overrides` on top, as a record that passes its rules and `check`.
+
+    An override of a group puts what its files say in the place of what was saved. What `saved`, of an earlier version, does not have
+    is as the YAML says. Raises ConfigError as `compose` does.
+    """
+    composed, problems = _compose_tree([])
+    assert composed is not None, problems
+    tree = _filled(saved, composed)
+    for override in sorted(map(_quoted, overrides), key=lambda o: not _chooses_group(o)):
+        problems += _laid_onto(tree, override)
+    config, found = parse(record, tree)
+    problems += found
+    if config is not None and not any(NO_FILE in problem for problem in problems):
         problems += check(config)
     if problems or config is None:
         raise ConfigError(problems)
@@ -203,6 +225,43 @@ def _compose_tree(overrides: list[str]) -> tuple[Tree | None, list[str]]:
         return _resolved(good), problems
 
 
+def _laid_onto(tree: Tree, override: str) -> list[str]:
+    """Put one override into a tree; returns what is wrong with it."""
+    parsed = _parsed(override)
+    if parsed is None:
+        return [_override_wording(override, ValueError(), [])]
+    if parsed.is_sweep_override():
+        return [f"{override}: several values are for `softmoe train -m`; give one (or quote it)"]
+    *above, last = path = (parsed.package or parsed.key_or_group).split(".")
+    if _chooses_group(override):
+        composed, problems = _compose_tree([override])
+        if problems or composed is None:
+            return problems
+        value: Any = composed
+        for part in path:
+            value = value[part]
+    else:
+        value = parsed.value()
+    here: Any = tree
+    for part in above:
+        here = here.get(part) if isinstance(here, dict) else None
+    if not isinstance(here, dict) or (last not in here and not OPEN.match(f"{'.'.join(path)}.")):
+        return [_no_such_key(override, ".".join(path), _leaves(tree))]
+    here[last] = value
+    return []
+
+
+def _filled(saved: Tree, composed: Tree) -> Tree:
+    """What was saved, and below it what it lacks of the composed tree; of another kind (of data, of a schedule) it lacks nothing."""
+    if saved.get("kind") != composed.get("kind"):
+        return saved
+    both = {**composed, **saved}
+    return {
+        key: _filled(value, composed[key]) if isinstance(value, dict) and isinstance(composed.get(key), dict) else value
+        for key, value in both.items()
+    }
+
+
 def _resolved(overrides: list[str]) -> Tree:
     composed = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
     assert isinstance(composed, dict), type(composed)
@@ -231,7 +290,9 @@ def _parsed(override: str) -> Override | None:
 
 
 def _quoted(override: str) -> str:
-    """A value that Hydra's grammar cannot read, such as a brace pattern of shards, taken as the string that it is."""
+    """A value that Hydra's grammar cannot read, such as a brace pattern of shards, taken as the string that it is; a key below `OPEN` as new."""
+    if OPEN.match(override):
+        override = f"++{override}"
     key, equals, value = override.partition("=")
     if _parsed(override) is not None or not equals or not value or {"'", "\\"} & set(value):
         return override

@@ -23,6 +23,7 @@ from softmoe_train.faults.bad_steps import NONE_YET, BadData, BadSteps, BadSteps
 from softmoe_train.faults.broken import NONE_BROKEN, BrokenSamples, BrokenWatch, Budget
 from softmoe_train.faults.step_watch import StepWatch
 from softmoe_train.model.routing import MEASURES
+from softmoe_train.observe.figures import Figure
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter, StallWatch
 
@@ -93,8 +94,8 @@ class Evaluator(Protocol):
 
     every: int
 
-    def run(self, state: TrainState) -> Iterable[tuple[str, float]]:
-        """(set/measure, value) pairs, the same on every rank; every rank must call it."""
+    def run(self, state: TrainState) -> Iterable[tuple[str, float | Figure]]:
+        """(set/measure, value) pairs, the same on every rank, and figures of rank 0; every rank must call it."""
         ...
 
 
@@ -234,8 +235,11 @@ def _due(step: int, every: int) -> bool:
 def _measure(state: TrainState, evaluators: Mapping[str, Evaluator], log: SilentLog) -> dict[str, float]:
     measured: dict[str, float] = {}
     for source, evaluator in evaluators.items():
-        values = {f"{source}/{name}": value for name, value in evaluator.run(state)}
+        said = {f"{source}/{name}": value for name, value in evaluator.run(state)}
+        figures = {name: value for name, value in said.items() if isinstance(value, Figure)}
+        values = {name: value for name, value in said.items() if not isinstance(value, Figure)}
         log.report(state.step, state.images_seen, values)
+        log.show(state.step, figures)
         measured |= values
     return measured
 

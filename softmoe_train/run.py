@@ -19,7 +19,6 @@ from softmoe_train.data import (
     Cursor,
     ImageStream,
     SyntheticConfig,
-    build_eval_stream,
     build_stream,
     left_out,
     make_indexes,
@@ -29,16 +28,15 @@ from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.engine.weights import Materialise, with_values
-from softmoe_train.evals.averaged import AveragedEvaluator
-from softmoe_train.evals.upstream import UpstreamEvaluator
+from softmoe_train.evaluators import build_evaluators
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import BadData, BadStepsError
 from softmoe_train.faults.broken import Budget
 from softmoe_train.faults.claim import Claim, claim
-from softmoe_train.faults.hang import Watch, watched
+from softmoe_train.faults.hang import watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
 from softmoe_train.launching.worker import HUNG, RESUME
-from softmoe_train.loop import Evaluator, Plan, TrainState, fit
+from softmoe_train.loop import Plan, TrainState, fit
 from softmoe_train.model.records import moe_blocks
 from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import SilentLog, build_log
@@ -75,7 +73,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         clock.done("engine")
         _index(config, world)
         stream = training_stream(config, world, device)
-        evaluators = _evaluators(config, world, watch)
+        evaluators = build_evaluators(config, world, watch.over)
         clock.done("data")
         state = TrainState(engine, step=0, images_seen=0, cursor=Cursor(0), wandb_id="")
         store = _store(config, world)
@@ -209,24 +207,6 @@ def training_stream(config: RunConfig, world: World, device: torch.device) -> Im
             ]
         )
     return stream
-
-
-def _evaluators(config: RunConfig, world: World, watch: Watch) -> dict[str, Evaluator]:
-    evaluators: dict[str, Evaluator] = {}
-    if config.evals.upstream is not None:
-        batches = build_eval_stream(
-            config.data,
-            image_size=config.model.image_size,
-            num_classes=config.model.num_classes,
-            seed=config.seed,
-            batch_size=config.evals.upstream.batch_size,
-            rank=world.rank,
-            world=world.size,
-        )
-        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, watch.over(batches), config.loss)
-    if config.average is not None:
-        evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
-    return evaluators
 
 
 def _store(config: RunConfig, world: World) -> CheckpointStore:

@@ -19,7 +19,9 @@ FLOORS = {
     "changes": 4.4,  # which settings may change under a run
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
     "resume": 4.7,  # from which checkpoint run.py goes on
+    "evaluators": 4.6,  # those that the settings ask for, for run.py and evaluate.py
     "run": 5, "worlds": 5,
+    "evaluate": 5.5,  # a checkpoint measured by the evaluators of a run
     "plan": 5.5,  # a run assembled by run.py, on shapes alone; what counts bytes serves the floor above too
     "parity": 6, "bench": 6, "sweep": 6, "report": 6,
     "commands": 7,

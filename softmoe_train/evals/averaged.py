@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from softmoe_train.loop import Evaluator, TrainState
+from softmoe_train.observe.figures import Figure
 
 
 class AveragedEvaluator:
@@ -12,7 +13,7 @@ class AveragedEvaluator:
         self.every = evaluator.every
         self.evaluator = evaluator
 
-    def run(self, state: TrainState) -> Iterator[tuple[str, float]]:
+    def run(self, state: TrainState) -> Iterator[tuple[str, float | Figure]]:
         """The other's values; needs an engine that averages."""
         with state.engine.averaged():
             values = list(self.evaluator.run(state))  # all before the weights return

@@ -10,7 +10,8 @@ from pydantic import field_validator
 
 from softmoe_train.config import Record
 from softmoe_train.observe.console import Console, ProgressKind, build_console
-from softmoe_train.observe.run_files import MetricsFile, Summary
+from softmoe_train.observe.figures import Figure, Picture
+from softmoe_train.observe.run_files import MetricsFile, Summary, replace_bytes
 from softmoe_train.observe.startup import Startup
 from softmoe_train.observe.wandb_run import WandbConfig, WandbRun, start_wandb
 
@@ -40,6 +41,9 @@ class SilentLog:
 
     def report(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Take a report."""
+
+    def show(self, step: int, figures: Mapping[str, Figure]) -> None:
+        """Take figures, by the name of what they show."""
 
     def message(self, text: str) -> None:
         """Take a line for people."""
@@ -75,8 +79,10 @@ class RunLog(SilentLog):
         wandb_run: WandbRun | None,
         startup: Startup | None,
         make_folder: Callable[[], object],
+        folder: Path,
     ) -> None:
         super().__init__(wandb_id)
+        self._folder = folder
         self._metrics = metrics
         self._summary = summary
         self._console = console
@@ -102,6 +108,22 @@ class RunLog(SilentLog):
         self._console.report(step, values)
         if self._wandb_run is not None:
             self._wandb_run.send(step, images_seen, values)
+
+    def show(self, step: int, figures: Mapping[str, Figure]) -> None:
+        """Keep each picture as pictures/NAME/step_STEP.png of the run folder; W&B gets both kinds."""
+        if self._wandb_run is not None and figures:
+            self._wandb_run.show(step, figures)
+        for name, figure in figures.items():
+            if isinstance(figure, Picture):
+                self._keep(name, step, figure)
+
+    def _keep(self, name: str, step: int, picture: Picture) -> None:
+        path = self._folder / "pictures" / name / f"step_{step:08}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(path, picture.png)
+        except OSError as error:  # a picture is worth no run
+            self.warn(f"the picture {path} could not be written: {error}")
 
     def message(self, text: str) -> None:
         """Print a line for people."""
@@ -225,4 +247,4 @@ def build_log(
         taken_back=taken_back,
         warn=console.warn,
     )
-    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup, make_folder)
+    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup, make_folder, run_dir)

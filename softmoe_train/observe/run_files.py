@@ -15,9 +15,14 @@ Line = dict[str, float | None]  # step and images_seen are whole numbers; null s
 
 def replace_text(path: Path, text: str) -> None:
     """Put `text` at `path` so that a reader, or a crash at any instant, finds the old file or the new, never a part."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """The same of bytes."""
     draft = path.with_name(f"{path.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with draft.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)

@@ -5,6 +5,7 @@ killed takes the last seconds with it (measured with 0.31: what it had not flush
 """
 
 import contextlib
+import io
 import math
 import netrc
 import os
@@ -14,7 +15,10 @@ from types import ModuleType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import PIL.Image
+
 from softmoe_train.config import Record
+from softmoe_train.observe.figures import Figure, Picture
 from softmoe_train.observe.run_files import Line
 from softmoe_train.redact import without_secrets
 
@@ -48,7 +52,7 @@ class WandbRun:
         self._has_through = has_through
         self._rows = rows
         self._warn = warn
-        self._row: dict[str, float] = {}
+        self._row: dict[str, Any] = {}
 
     def send(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Take a report; a step's row leaves when the next step's begins, so reports of one step share one row.
@@ -60,6 +64,19 @@ class WandbRun:
         if self._row and step != self._row["step"]:
             self._flush()
         self._row |= {"step": step, "images_seen": images_seen, **metrics}
+
+    def show(self, step: int, figures: Mapping[str, Figure]) -> None:
+        """Take figures of a step; they share the row of its reports."""
+        if self._run is not None and self._rows.number(step) > self._has_through:
+            self._attempt(lambda run: self._row.update(self._shown(figures)))
+
+    def _shown(self, figures: Mapping[str, Figure]) -> dict[str, Any]:
+        def form(figure: Figure) -> Any:
+            if isinstance(figure, Picture):
+                return self._library.Image(PIL.Image.open(io.BytesIO(figure.png)), caption=figure.caption)
+            return self._library.Histogram(np_histogram=(figure.counts, figure.edges))
+
+        return {name: form(figure) for name, figure in figures.items()}
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B tell people."""

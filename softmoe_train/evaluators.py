@@ -1,0 +1,34 @@
+"""This file owns which evaluators a run has: what its settings ask for, each built once."""
+
+from collections.abc import Callable, Iterable
+
+from softmoe_train.data import Batch, build_eval_stream
+from softmoe_train.dist import World
+from softmoe_train.evals.averaged import AveragedEvaluator
+from softmoe_train.evals.upstream import UpstreamEvaluator
+from softmoe_train.loop import Evaluator
+from softmoe_train.settings import RunConfig
+
+Over = Callable[[Iterable[Batch]], Iterable[Batch]]  # batches with a sign of life for each
+
+
+def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, Evaluator]:
+    """The evaluators by source, the first part of their metrics' names; those of the averaged weights where there are such.
+
+    Every batch that one of them takes passes through `over`.
+    """
+    evaluators: dict[str, Evaluator] = {}
+    if config.evals.upstream is not None:
+        batches = build_eval_stream(
+            config.data,
+            image_size=config.model.image_size,
+            num_classes=config.model.num_classes,
+            seed=config.seed,
+            batch_size=config.evals.upstream.batch_size,
+            rank=world.rank,
+            world=world.size,
+        )
+        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, over(batches), config.loss)
+    if config.average is not None:
+        evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
+    return evaluators
