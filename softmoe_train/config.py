@@ -33,7 +33,7 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 NO_FILE = "no such file under conf/"
 # Mappings whose keys are a user's own names.
-OPEN = re.compile(r"evals\.\w+\.sets\.")
+OPEN = re.compile(r"evals\.\w+\.sets[.=]")
 HYDRA = re.compile(r"[+~]*hydra[./=]")
 Tree = dict[str, Any]
 
@@ -243,9 +243,12 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     else:
         value = parsed.value()
     here: Any = tree
+    is_open = OPEN.match(f"{'.'.join(path)}.") is not None
     for part in above:
+        if is_open and isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
         here = here.get(part) if isinstance(here, dict) else None
-    if not isinstance(here, dict) or (last not in here and not OPEN.match(f"{'.'.join(path)}.")):
+    if not isinstance(here, dict) or (last not in here and not is_open):
         return [_no_such_key(override, ".".join(path), _leaves(tree))]
     here[last] = value
     return []

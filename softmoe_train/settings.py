@@ -18,6 +18,11 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
+from softmoe_train.evals.fewshot import FewshotConfig
+from softmoe_train.evals.knn import KnnConfig
+from softmoe_train.evals.on_sets import feature_configs, feature_measures, feature_problems
+from softmoe_train.evals.probe import ProbeConfig
+from softmoe_train.evals.sets import SetsConfig
 from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
@@ -53,6 +58,14 @@ class EvalsConfig(Record):
     """The evaluators of a run; null leaves one out."""
 
     upstream: UpstreamConfig | None
+    fewshot: FewshotConfig | None
+    knn: KnnConfig | None
+    probe: ProbeConfig | None
+
+    @property
+    def on_sets(self) -> dict[str, SetsConfig]:
+        """Those that measure features on sets of their own, by source."""
+        return feature_configs(self.fewshot, self.knn, self.probe)
 
 
 class RunConfig(Record):
@@ -155,7 +168,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         world=size,
         needs_test=config.evals.upstream is not None,
     )
-    problems += _label_problems(config)
+    problems += _label_problems(config) + feature_problems(config.evals.on_sets, config.model.image_size)
     return problems + (_folder_problems(config) or _resume_problems(config))
 
 
@@ -208,11 +221,13 @@ def _group_problems(config: RunConfig, size: int) -> list[str]:
     n, problems = config.model.group_images, []
     key = f"model.moe.sparse.group_images={n}"
     parts = size * config.micro_batches
-    batch, streams, upstream = config.batch_size, config.data.streams, config.evals.upstream
+    batch, streams = config.batch_size, config.data.streams
+    evaluated = {"upstream": config.evals.upstream, **config.evals.on_sets}
+    sizes = {f"evals.{source}.batch_size": one.batch_size for source, one in evaluated.items() if one is not None}
     # What does not divide into ranks is refused for that, whatever the groups.
     of_batch = batch // parts if batch % parts == 0 else n
     of_streams = streams // size if streams % size == 0 else n
-    legal = math.gcd(of_batch, of_streams, upstream.batch_size if upstream is not None else 0)
+    legal = math.gcd(of_batch, of_streams, *sizes.values())
     use = f"use {listed([d for d in range(1, legal + 1) if legal % d == 0])}"
     if of_batch % n:
         problems.append(
@@ -224,11 +239,11 @@ def _group_problems(config: RunConfig, size: int) -> list[str]:
             f"{key} does not divide the {of_streams} consecutive samples that each of {size} ranks has of data.streams={streams}; {use}, or "
             f"streams that are a multiple of {size * n}"
         )
-    if upstream is not None and upstream.batch_size % n:
-        problems.append(
-            f"{key} does not divide evals.upstream.batch_size={upstream.batch_size}; {use}, or a multiple of {n} there"
-        )
-    return problems
+    return problems + [
+        f"{key} does not divide {where}={size}; {use}, or a multiple of {n} there"
+        for where, size in sizes.items()
+        if size % n
+    ]
 
 
 def _void_problems(config: RunConfig) -> list[str]:
@@ -260,19 +275,25 @@ def _void_problems(config: RunConfig) -> list[str]:
 
 def _best_problems(config: RunConfig) -> list[str]:
     """Why no checkpoint could ever be the best."""
-    best, upstream = config.checkpoint.best, config.evals.upstream
+    best, every = config.checkpoint.best, {}
     if best is None:
         return []
-    sources = [] if upstream is None else ["upstream", *(["upstream_average"] if config.average is not None else [])]
-    known = [f"{source}/{measure}" for source in sources for measure in MEASURES]
-    if upstream is None or metric_of(best) not in known:
-        remedy = f"use one of {', '.join(known)}" if known else "no evaluator is on (evals=[upstream]); use null"
+    upstream, on_sets = config.evals.upstream, config.evals.on_sets
+    if upstream is not None:
+        every |= {f"upstream/{measure}": ("upstream", upstream.every) for measure in MEASURES}
+    for source, measures in feature_measures(on_sets).items():
+        every |= {f"{source}/{measure}": (source, on_sets[source].every) for measure in measures}
+    if config.average is not None:
+        every |= {metric.replace("/", "_average/", 1): of for metric, of in every.items()}
+    if metric_of(best) not in every:
+        remedy = f"use one of {', '.join(every)}" if every else "no evaluator is on (evals=[upstream]); use null"
         return [f"checkpoint.best={best}: nothing measures {metric_of(best)}; {remedy}"]
-    if not 0 < math.lcm(upstream.every, config.checkpoint.every) < config.steps:
+    source, steps = every[metric_of(best)]
+    if not 0 < math.lcm(steps, config.checkpoint.every) < config.steps:
         return [
-            f"checkpoint.best={best}: it is measured every {upstream.every} steps and checkpoints are made every "
+            f"checkpoint.best={best}: it is measured every {steps} steps and checkpoints are made every "
             f"{config.checkpoint.every} (0: only at the end), so no step before the last of steps={config.steps} has both; use "
-            f"evals.upstream.every and checkpoint.every that meet, or null"
+            f"evals.{source}.every and checkpoint.every that meet, or null"
         ]
     return []
 
