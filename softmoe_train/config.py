@@ -311,7 +311,7 @@ def _chooses_group(override: str) -> bool:
 def _override_wording(override: str, error: Exception, chosen: list[str]) -> str:
     parsed = _parsed(override)
     if parsed is None:
-        return f"{override}: not an override; write key=value (quote values with spaces or commas)"
+        return f"{override.removeprefix('++')}: not an override; write key=value (quote values with spaces or commas)"
     if _chooses_group(override):
         folder = config_folder() / parsed.key_or_group
         options = sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))

@@ -20,10 +20,11 @@ from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_la
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
 from softmoe_train.evals.fewshot import FewshotConfig
 from softmoe_train.evals.knn import KnnConfig
-from softmoe_train.evals.on_sets import feature_configs, feature_measures, feature_problems
+from softmoe_train.evals.measures import measures_of
+from softmoe_train.evals.on_sets import feature_configs, feature_problems
 from softmoe_train.evals.probe import ProbeConfig
 from softmoe_train.evals.sets import SetsConfig
-from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
+from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
@@ -275,20 +276,14 @@ def _void_problems(config: RunConfig) -> list[str]:
 
 def _best_problems(config: RunConfig) -> list[str]:
     """Why no checkpoint could ever be the best."""
-    best, every = config.checkpoint.best, {}
+    best = config.checkpoint.best
     if best is None:
         return []
-    upstream, on_sets = config.evals.upstream, config.evals.on_sets
-    if upstream is not None:
-        every |= {f"upstream/{measure}": ("upstream", upstream.every) for measure in MEASURES}
-    for source, measures in feature_measures(on_sets).items():
-        every |= {f"{source}/{measure}": (source, on_sets[source].every) for measure in measures}
-    if config.average is not None:
-        every |= {metric.replace("/", "_average/", 1): of for metric, of in every.items()}
-    if metric_of(best) not in every:
-        remedy = f"use one of {', '.join(every)}" if every else "no evaluator is on (evals=[upstream]); use null"
+    known = measures_of(config.evals.upstream, config.evals.on_sets, averaged=config.average is not None)
+    if metric_of(best) not in known:
+        remedy = f"use one of {', '.join(known)}" if known else "no evaluator is on (evals=[upstream]); use null"
         return [f"checkpoint.best={best}: nothing measures {metric_of(best)}; {remedy}"]
-    source, steps = every[metric_of(best)]
+    source, steps = known[metric_of(best)]
     if not 0 < math.lcm(steps, config.checkpoint.every) < config.steps:
         return [
             f"checkpoint.best={best}: it is measured every {steps} steps and checkpoints are made every "

@@ -20,7 +20,7 @@ from softmoe_train.dist import sum_over_world
 from softmoe_train.evals.draws import draw
 from softmoe_train.evals.features import Over, Shared, gathered, totals
 from softmoe_train.evals.knn import PoolSet
-from softmoe_train.evals.ridge import STD_EPS, hit
+from softmoe_train.evals.ridge import hit, standards
 from softmoe_train.evals.sets import MeasuredSet, SetsConfig
 from softmoe_train.loop import TrainState
 
@@ -75,7 +75,7 @@ def fit_probe(
 ) -> Probe:
     """Minimise mean cross entropy + 2^exponent / 2 |W|^2 over standardised features, in float64, by torch's L-BFGS (strong Wolfe)."""
     features = features.double()
-    mean, std = features.mean(0), features.std(0, correction=0) + STD_EPS
+    mean, std = standards(features)
     X, l2 = _standard(features, mean, std), 2.0**exponent
     weights = X.new_zeros(X.shape[1], num_classes) if start is None else start.clone()
     weights.requires_grad_()

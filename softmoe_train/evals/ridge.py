@@ -38,7 +38,7 @@ class Ridge(NamedTuple):
 def solve_ridge(features: Float[Tensor, "N D"], classes: Int64[Tensor, " N"], num_classes: int) -> Ridge:
     """Whiten by the training images' own mean and deviation, add the bias, decompose X^T X (N >= D + 1) or X X^T, in float64."""
     features = features.double()
-    mean, std = features.mean(0), features.std(0, correction=0) + STD_EPS
+    mean, std = standards(features)
     X = _whitened(features, mean, std)
     targets = 2.0 * torch.nn.functional.one_hot(classes, num_classes).to(X) - 1.0
     if X.shape[0] >= X.shape[1]:
@@ -79,6 +79,15 @@ def best_strength(accuracies: Float[Tensor, "sets L"]) -> int:
     """Which strength has the highest mean rank over the sets; of equal ones the strongest."""
     ranks = mean_ranks(accuracies)
     return int((ranks >= ranks.max() - 1e-9).nonzero().max())
+
+
+def standards(features: Float[Tensor, "N D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """The mean and deviation that features are whitened by, the latter infinite for what is the same in all of these images.
+
+    Its weight is 0; without this, rounding of that 0 would meet a test image's difference divided by STD_EPS.
+    """
+    std = features.std(0, correction=0) + STD_EPS
+    return features.mean(0), std.masked_fill((features == features[0]).all(0), torch.inf)
 
 
 def _whitened(features: Float[Tensor, "n D"], mean: Tensor, std: Tensor) -> Float[Tensor, "n D1"]:
