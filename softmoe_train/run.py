@@ -29,7 +29,7 @@ from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspe
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.evals.settings import upstream_sets
-from softmoe_train.evaluators import build_evaluators
+from softmoe_train.evaluators import build_evaluators, tell
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import BadData, BadStepsError
 from softmoe_train.faults.broken import Budget
@@ -86,6 +86,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         log.message(_description(config, engine, topology))
         for told in _left_out(config, world):
             log.message(told)
+        tell(evaluators, log)
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
             watch.begin(state)
