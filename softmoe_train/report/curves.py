@@ -84,5 +84,4 @@ def _figure(name: str, rows: Sequence[Row], looks: Sequence[Look], x: str) -> Fi
     more = f", and {len(last) - IN_WORDS} more" if len(last) > IN_WORDS else ""
     over = "images seen" if x == "images" else "steps"
     alt = f"Curves of {plain(name)} over {over}. Last values: {'; '.join(last[:IN_WORDS]) or 'none'}{more}."
-    unit = "%" if better(name) == "max" else ""
-    return svg_figure(plain(name) + (f" ({unit})" if unit else ""), "", alt, draw_curves(lines, x, unit))
+    return svg_figure(plain(name) + (" (%)" if better(name) == "max" else ""), "", alt, draw_curves(lines, x))

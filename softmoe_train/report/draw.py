@@ -78,8 +78,8 @@ def looks(count: int) -> list[Look]:
     return [Look(to_hex(scale(0.9 * i / (count - 1))), "") for i in range(count)]
 
 
-def draw_curves(lines: Sequence[Line], x: str, quantity: str) -> Svg:
-    """Curves against steps or images seen (`x` is "steps" or "images"); `quantity` names the axis."""
+def draw_curves(lines: Sequence[Line], x: str) -> Svg:
+    """Curves against steps or images seen (`x` is "steps" or "images")."""
     with _axes() as (axes, figure):
         for line in lines:
             style = _style(line.look)
@@ -93,13 +93,12 @@ def draw_curves(lines: Sequence[Line], x: str, quantity: str) -> Svg:
                 low, high = values - line.deviation, values + line.deviation
                 axes.fill_between(getattr(line.curve, x), low, high, color=line.look.colour, alpha=0.18, linewidth=0)
         axes.set_xlabel("images seen" if x == "images" else "step")
-        axes.set_ylabel(quantity)
         _short_ticks(axes.xaxis)
         return _svg(figure)
 
 
-def draw_points(points: Sequence[Point], cost: str, quantity: str) -> Svg:
-    """Quality against cost, the Pareto front joined by a line of steps."""
+def draw_points(points: Sequence[Point], cost: str) -> Svg:
+    """Quality against `cost`, the name of its axis; the Pareto front is joined by a line of steps."""
     with _axes() as (axes, figure):
         for point in points:
             colour = point.look.colour
@@ -114,14 +113,12 @@ def draw_points(points: Sequence[Point], cost: str, quantity: str) -> Svg:
             axes.set_xscale("log")
         axes.margins(x=0.08, y=0.1)
         axes.set_xlabel(cost)
-        axes.set_ylabel(quantity)
-        if axes.get_xscale() == "linear":
-            _short_ticks(axes.xaxis)
+        _short_ticks(axes.xaxis, logarithmic=axes.get_xscale() == "log")
         return _svg(figure)
 
 
-def draw_grid(grid: Grid, quantity: str) -> Svg:
-    """A heat map, darker for more, with each value written in its cell."""
+def draw_grid(grid: Grid) -> Svg:
+    """A heat map of shares, darker for more, with each value written in its cell, in percent."""
     from matplotlib.patches import Rectangle
 
     values = np.full((len(grid.ys), len(grid.xs)), math.nan)
@@ -139,11 +136,16 @@ def draw_grid(grid: Grid, quantity: str) -> Svg:
                 continue
             spread = grid.cells[grid.xs[column], grid.ys[row]]
             colour = "white" if shade[row, column] > 0.55 else "black"
-            beside = "" if spread.deviation is None or wide else f"\n± {spread.deviation:.2g}"
-            text = f"{100 * value:.1f}" if quantity.endswith("%") else f"{value:.4g}"
-            if quantity.endswith("%") and beside:
-                beside = f"\n± {100 * (spread.deviation or 0):.1f}"
-            axes.text(column, row, text + beside, ha="center", va="center", color=colour, fontsize=8 if wide else 9)
+            beside = "" if spread.deviation is None or wide else f"\n± {100 * spread.deviation:.1f}"
+            axes.text(
+                column,
+                row,
+                f"{100 * value:.1f}{beside}",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8 if wide else 9,
+            )
         axes.set_xticks(range(len(grid.xs)), [f"{value:g}" for value in grid.xs])
         axes.set_yticks(range(len(grid.ys)), [f"{value:g}" for value in grid.ys])
         axes.tick_params(length=0)
@@ -179,12 +181,13 @@ def _style(look: Look) -> dict[str, Any]:
     return {"color": look.colour, "linestyle": (0, dashes) if dashes else "-"}
 
 
-def _short_ticks(axis: Any) -> None:
+def _short_ticks(axis: Any, *, logarithmic: bool = False) -> None:
     """Thousands as 10k: a phone has no room for 300,000 six times."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if logarithmic else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def short_number(value: float) -> str:

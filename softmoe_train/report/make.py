@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from softmoe_train import __version__
+import softmoe_train
 from softmoe_train.observe.judged import NUMBERS, better
 from softmoe_train.plain import plain
 from softmoe_train.report import sections
@@ -66,7 +66,7 @@ def page_of(report: Report) -> Page:
     ]
     return Page(
         title=f"{report.title}: {count} compared" if len(report.runs) > 1 else f"Run {report.title}",
-        sentence=f"{sentence}. Made by softmoe report {__version__} on {made}.",
+        sentence=f"{sentence}. Made by softmoe report {softmoe_train.__version__} on {made}.",
         sections=[section for section in found if section is not None],
     )
 

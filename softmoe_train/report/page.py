@@ -38,6 +38,10 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[TableRow]
 
+    def is_text(self, column: int) -> bool:
+        """Whether a column of cells holds sentences."""
+        return any(row.cells[column].kind == "text" for row in self.rows)
+
 
 class Figure(NamedTuple):
     """A picture with its title and the words for those who do not see it; `source` is a data: address."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from softmoe_train.observe.judged import NUMBERS, Number, better
+from softmoe_train.observe.judged import NUMBERS, Number, better, source_of
 from softmoe_train.plain import plain
 from softmoe_train.report.curves import curve_groups
 from softmoe_train.report.draw import Look, Point, draw_grid, draw_points
@@ -72,7 +72,7 @@ def grids(rows: list[Row]) -> Section | None:
             ]
             title = f"{number.title} (%)"
             alt = f"Heat map of {number.title} over {grid.y} and {grid.x}: {'; '.join(told[:40])}."
-            figures.append(svg_figure(title, plain(grid.others), alt, draw_grid(grid, "%"), "map"))
+            figures.append(svg_figure(title, plain(grid.others), alt, draw_grid(grid), "map"))
     return Section("Sweep", groups=[Group("", figures, wide=True)]) if figures else None
 
 
@@ -105,7 +105,7 @@ def _pareto_figure(points: list[tuple[Row, Look, float, Spread]], number: Number
     told = "; ".join(f"{row.label} ({cost * scale:.3g}, {percent(quality)})" for row, _, cost, quality in on_front)
     title = f"{number.title} (%) against {unit}"
     names = "On the front: " + "; ".join(row.label for row, *_ in on_front)
-    return svg_figure(title, names, f"{title}. On the Pareto front: {told}.", draw_points(drawn, axis, "%"))
+    return svg_figure(title, names, f"{title}. On the Pareto front: {told}.", draw_points(drawn, axis))
 
 
 def _unit_of(unit: str, most: float) -> tuple[float, str]:
@@ -132,7 +132,15 @@ def curves(rows: Sequence[Row], looks: Sequence[Look]) -> Section:
 
 def best_values(rows: Sequence[Row]) -> Section | None:
     """The best value of every measure of quality, and when."""
-    metrics = sorted({name for row in rows for run in row.counted for name in run.curves if better(name)})
+    metrics = sorted(
+        {
+            name
+            for row in rows
+            for run in row.counted
+            for name in run.curves
+            if better(name) and source_of(name) != "train"
+        }
+    )
     lines = []
     for row in rows:
         cells = []
