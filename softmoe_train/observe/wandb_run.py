@@ -37,16 +37,17 @@ class WandbRun:
         self._rows = rows
         self._warn = warn
         self._row: dict[str, Any] = {}
-        self._best: dict[str, float] = {}  # over the whole run, by metric
-        self._told: dict[str, float] = {}  # the same over what this process has sent: all that wandb knows of
+        self._refers = True
+        self._defined: set[str] = set()
+        self._before: dict[str, float] = {}  # the best so far of metrics that W&B had before this process
 
     def send(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Take a report; a step's row leaves when the next step's begins, so reports of one step share one row.
 
         Steps that W&B already has are passed over: after a resume they are the same numbers again.
         """
-        self._note(self._best, metrics)
         if self._rows.number(step) <= self._has_through:
+            self._before |= {name: self._best_of(name, value) for name, value in metrics.items() if better(name)}
             return
         if self._row and step != self._row["step"]:
             self._flush()
@@ -66,9 +67,14 @@ class WandbRun:
         return {name: form(figure) for name, figure in figures.items()}
 
     def reference(self, step: int, place: str) -> None:
-        """Tell W&B where the checkpoint of a step is."""
-        if self._run is not None:
-            self._attempt(lambda run: self._refer(run, step, place))
+        """Tell W&B where the checkpoint of a step is. Where that fails, one warning, and metrics go on."""
+        if self._run is None or not self._refers:
+            return
+        try:
+            self._refer(self._run, step, place)
+        except Exception as error:  # a driver that is not there, a folder that is gone
+            self._refers = False
+            self._warn(f"W&B takes no references to checkpoints ({first_line(error)}); it gets no more of them")
 
     def _refer(self, run: Any, step: int, place: str) -> None:
         artifact = self._library.Artifact(f"checkpoint-{run.id}", type="checkpoint", metadata={"step": step})
@@ -97,25 +103,22 @@ class WandbRun:
             self._attempt(lambda run: self._log(run, row))
 
     def _log(self, run: Any, row: dict[str, Any]) -> None:
-        judged = {name: row[name] for name in row if better(name) is not None}
-        for name in judged.keys() - self._told.keys():
+        judged = {name: value for name, value in row.items() if better(name) is not None}
+        for name in judged.keys() - self._defined:
             run.define_metric(name, step_metric="step", summary=f"{better(name)},last")
-        self._told |= dict.fromkeys(judged.keys() - self._told.keys(), math.nan)
+        self._defined |= judged.keys()
         run.log(row, step=self._rows.number(int(row["step"])), commit=True)
-        self._note(self._told, judged)
-        for name, value in judged.items():
-            # What wandb summarises is what this process has sent: a best from before a resume would be lost.
-            if name in self._best and self._best[name] != self._told[name]:
-                run.summary.update({name: {better(name): self._best[name], "last": value}})
+        # What wandb summarises is what this process has sent: a best from before a resume would be lost.
+        for name in judged.keys() & self._before.keys():
+            self._before[name] = self._best_of(name, judged[name])
+            run.summary.update({name: {better(name): self._before[name], "last": judged[name]}})
 
-    def _note(self, best: dict[str, float], metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            which = better(name)
-            if which is not None and math.isfinite(value):
-                before = best.get(name, math.nan)
-                best[name] = (
-                    value if math.isnan(before) else max(before, value) if which == "max" else min(before, value)
-                )
+    def _best_of(self, name: str, value: float) -> float:
+        """The better of a value and what was there before; one that is not finite is never better."""
+        before = self._before.get(name, math.nan)
+        if not math.isfinite(value) or not math.isfinite(before):
+            return before if math.isfinite(before) else value
+        return max(before, value) if better(name) == "max" else min(before, value)
 
     def _attempt(self, call: Callable[[Any], None]) -> None:
         try:
