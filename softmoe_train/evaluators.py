@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from softmoe_train.data import Batch, build_eval_stream
 from softmoe_train.dist import World
 from softmoe_train.evals.averaged import AveragedEvaluator
+from softmoe_train.evals.settings import upstream_sets
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.loop import Evaluator
 from softmoe_train.settings import RunConfig
@@ -19,16 +20,21 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
     """
     evaluators: dict[str, Evaluator] = {}
     if config.evals.upstream is not None:
-        batches = build_eval_stream(
-            config.data,
-            image_size=config.model.image_size,
-            num_classes=config.model.num_classes,
-            seed=config.seed,
-            batch_size=config.evals.upstream.batch_size,
-            rank=world.rank,
-            world=world.size,
-        )
-        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, over(batches), config.loss)
+        sets = {
+            name: over(
+                build_eval_stream(
+                    data,
+                    image_size=config.model.image_size,
+                    num_classes=config.model.num_classes,
+                    seed=config.seed,
+                    batch_size=config.evals.upstream.batch_size,
+                    rank=world.rank,
+                    world=world.size,
+                )
+            )
+            for name, data in upstream_sets(config.evals, config.data).items()
+        }
+        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, sets, config.loss, config.model.num_classes)
     if config.average is not None:
         evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
     return evaluators
