@@ -23,7 +23,7 @@ from softmoe_train.faults.bad_steps import NONE_YET, BadData, BadSteps, BadSteps
 from softmoe_train.faults.broken import NONE_BROKEN, BrokenSamples, BrokenWatch, Budget
 from softmoe_train.faults.step_watch import StepWatch
 from softmoe_train.model.routing import MEASURES
-from softmoe_train.observe.figures import Figure
+from softmoe_train.observe.figures import Alarm, Figure, Said
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter, StallWatch
 
@@ -94,8 +94,8 @@ class Evaluator(Protocol):
 
     every: int
 
-    def run(self, state: TrainState) -> Iterable[tuple[str, float | Figure]]:
-        """(set/measure, value) pairs, the same on every rank, and figures of rank 0; every rank must call it."""
+    def run(self, state: TrainState) -> Iterable[tuple[str, Said]]:
+        """(set/measure, value) pairs and alarms, the same on every rank, and figures of rank 0; every rank must call it."""
         ...
 
 
@@ -237,9 +237,12 @@ def _measure(state: TrainState, evaluators: Mapping[str, Evaluator], log: Silent
     for source, evaluator in evaluators.items():
         said = {f"{source}/{name}": value for name, value in evaluator.run(state)}
         figures = {name: value for name, value in said.items() if isinstance(value, Figure)}
-        values = {name: value for name, value in said.items() if not isinstance(value, Figure)}
+        values = {name: value for name, value in said.items() if not isinstance(value, Figure | Alarm)}
         log.report(state.step, state.images_seen, values)
         log.show(state.step, figures)
+        for alarm in said.values():
+            if isinstance(alarm, Alarm):
+                log.alert(alarm.title, alarm.text)
         measured |= values
     return measured
 

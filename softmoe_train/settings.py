@@ -18,6 +18,7 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
+from softmoe_train.evals.routing import RoutingConfig
 from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
@@ -53,6 +54,7 @@ class EvalsConfig(Record):
     """The evaluators of a run; null leaves one out."""
 
     upstream: UpstreamConfig | None
+    routing: RoutingConfig | None
 
 
 class RunConfig(Record):
