@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from softmoe_train.config import Record
 from softmoe_train.data.batch import Batch, ImageStream
@@ -73,7 +73,7 @@ class RoutingEvaluator:
         layers, tokens = layers_of(module, self.blocks), module.config.num_tokens
         looks = [build_look(layer, self.config.thresholds, tokens, device) for layer in layers.values()]
         for batch in self.batches:
-            for look, routing in zip(looks, seen_of(module, batch.to(device)), strict=True):
+            for look, routing in zip(looks, seen_of(module, batch.images.to(device)), strict=True):
                 look.add(routing)
         totals = sum_over_world(torch.cat([look.total for look in looks])).split([len(look.total) for look in looks])
         measures: dict[int, dict[str, float]] = {}
@@ -98,9 +98,9 @@ def build_look(layer: MoE, thresholds: Thresholds, tokens: int, device: torch.de
     return SoftSums(thresholds, tokens, E, layer.config.slots_per_expert, device)
 
 
-def seen_of(module: nn.Module, batch: Batch) -> Seen:
-    """What the routers decide of a batch, block by block; every rank must ask, since slots travel to their experts all the same."""
+def seen_of(module: nn.Module, images: Tensor) -> Seen:
+    """What the routers decide of images, block by block; every rank must ask, since slots travel to their experts all the same."""
     seen: Seen = []
     with torch.compiler.set_stance("force_eager"):  # no graph is worth compiling for this
-        module(batch.images, None, None, seen)
+        module(images, None, None, seen)
     return seen
