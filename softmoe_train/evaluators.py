@@ -36,7 +36,7 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
     if config.evals.routing is not None and config.model.has_experts:
         images = FirstImages(_first_stream(config, world), config.evals.routing.batch_size, config.model.group_images)
         blocks = moe_blocks(config.model.moe.blocks, config.model.depth)
-        evaluators["router"] = RoutingEvaluator(config.evals.routing, over(images), blocks, config.steps)
+        evaluators["router"] = RoutingEvaluator(config.evals.routing, over(images), blocks, main=world.main)
     return evaluators
 
 

@@ -20,12 +20,12 @@ from softmoe_train.dist import pick_device
 from softmoe_train.drawing.curves import draw_slot_curves
 from softmoe_train.drawing.maps import SlotMap, draw_slot_maps
 from softmoe_train.drawing.panels import LACKS, can_draw
-from softmoe_train.evals.curves import CurveSums, cumulative_weights
-from softmoe_train.evals.portraits import Seen, draw, numbers
-from softmoe_train.evals.routing import build_look, layers_of, seen_of
-from softmoe_train.evals.slot_parameters import parameter_measures
+from softmoe_train.evals.curves import cumulative_weights
+from softmoe_train.evals.looks import Look, looks_at, seen_of
+from softmoe_train.evals.portraits import draw, numbers
 from softmoe_train.model.records import moe_blocks
 from softmoe_train.model.routing import Routing
+from softmoe_train.model.sparse import SparseRouting
 from softmoe_train.model.vit import ViT, build_model
 from softmoe_train.observe.console import format_value
 from softmoe_train.observe.run_files import replace_bytes
@@ -67,12 +67,12 @@ def draw_portrait(asked: InspectConfig) -> Portrait:
     model = _model(asked, config).to(device)
     blocks = moe_blocks(config.model.moe.blocks, config.model.depth)
     looked = _look(model, blocks, config, images.pixels, device)
-    pictures = draw(looked.seen) | looked.own_pictures(config, images.pixels[:SHOWN])
+    pictures = draw(looked.looks) | looked.own_pictures(config, images.pixels[:SHOWN])
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         replace_bytes(folder / f"{name}.png", content)
-    measures = {b: seen.sums.measures() | parameter_measures(seen.router) for b, seen in looked.seen.items()}
-    shown = {block: numbers(seen) for block, seen in looked.seen.items()}
+    measures = {block: look.measures() for block, look in looked.looks.items()}
+    shown = {block: numbers(look) for block, look in looked.looks.items()}
     files = [f"{name}.png" for name in pictures]
     return Portrait(folder, files, len(images.pixels), images.broken, measures, shown)
 
@@ -175,17 +175,15 @@ def _model(asked: InspectConfig, config: RunConfig) -> ViT:
 class _Looked:
     """What one pass over the images leaves, of each block; of Soft MoE's also single slots."""
 
-    def __init__(self, seen: dict[int, Seen]) -> None:
-        self.seen = seen
+    def __init__(self, looks: dict[int, Look]) -> None:
+        self.looks = looks
         self.slot_curves: dict[int, Tensor] = {}  # "M T", summed over images
         self.dispatch: dict[int, Tensor] = {}  # "n T M", of the images that are shown
 
-    def add(self, block: int, routing: Any) -> None:
+    def add(self, block: int, routing: Routing | SparseRouting) -> None:
         """Take what the router of a block decided of some images."""
-        sums, curves = self.seen[block].sums, self.seen[block].curves
-        sums.add(routing)
-        if curves is not None and isinstance(routing, Routing):
-            curves.add(routing)
+        self.looks[block].add(routing)
+        if isinstance(routing, Routing):
             dispatch = routing.dispatch.flatten(2)
             self.dispatch.setdefault(block, dispatch[:SHOWN].cpu())
             G, T, M = dispatch.shape
@@ -223,13 +221,7 @@ def _slot_map(dispatch: Tensor, slot: int, side: int, slots_per_expert: int) -> 
 @torch.no_grad()
 def _look(model: ViT, blocks: list[int], config: RunConfig, pixels: Tensor, device: torch.device) -> _Looked:
     assert config.evals.routing is not None
-    layers, T = layers_of(model, blocks), config.model.num_tokens
-    seen = {}
-    for block, layer in layers.items():
-        sums = build_look(layer, config.evals.routing.thresholds, T, device)
-        E, S = layer.config.num_experts, layer.config.slots_per_expert
-        seen[block] = Seen(layer.router, sums, None if layer.config.is_sparse else CurveSums(T, E * S, device))
-    looked = _Looked(seen)
+    looked = _Looked(looks_at(model, blocks, config.evals.routing.thresholds, device, curves=True))
     group = config.model.group_images
     for part in pixels.split(max(1, AT_ONCE // group) * group):
         for block, routing in zip(blocks, seen_of(model, part.to(device)), strict=True):

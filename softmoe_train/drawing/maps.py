@@ -26,7 +26,7 @@ def draw_slot_maps(images: NDArray[np.uint8], slots: list[SlotMap], title: str) 
     from matplotlib.figure import Figure
 
     n, side = len(images), 1.25
-    figure = Figure(figsize=(side * (len(slots) + 1) + 0.2, 1.22 * side * n + 0.75), layout="constrained")
+    figure = Figure(figsize=(side * (len(slots) + 1) + 0.2, 1.13 * side * n + 0.75), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(n, len(slots) + 1, squeeze=False)
     for row, image in zip(panels, images, strict=True):

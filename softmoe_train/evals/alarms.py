@@ -26,7 +26,7 @@ class AlarmsConfig(Record):
     load_spread: Annotated[float, Field(gt=1)]  # of sparse routers: the highest load over the mean one
     scale: Annotated[float, Field(gt=0)]  # of the router, either sign
     uniform: Limit  # of slots and of tokens
-    uniform_after: Limit  # of a run's steps, before which a uniform router is none to worry about
+    uniform_after: Annotated[int, Field(ge=1)]  # steps, before which a uniform router is none to worry about
 
 
 class Kind(NamedTuple):
@@ -84,7 +84,7 @@ KINDS = (
     Kind(
         "uniform",
         "the router has learned nothing",
-        "{:.0%} of both slots and tokens are near-uniform still: every slot is the mean of the image, and every expert sees the same",
+        "{:.0%} or more of slots and of tokens are near-uniform still: every slot is about the mean of the image, so every expert sees the same",
         "raise schedule.peak, or check that router parameters are trained (no pattern freezes them, and train/grad_norm is not 0)",
     ),
 )
@@ -96,9 +96,8 @@ class Alarms:
     It remembers nothing across processes: a run that is resumed in that state says it once more.
     """
 
-    def __init__(self, config: AlarmsConfig, steps: int) -> None:
+    def __init__(self, config: AlarmsConfig) -> None:
         self.limits = config.model_dump()
-        self.uniform_from = config.uniform_after * steps
         self.known: dict[str, set[int]] = {kind.measure: set() for kind in KINDS}
 
     def see(self, step: int, measures: Mapping[int, Mapping[str, float]]) -> Iterator[tuple[str, Alarm]]:
@@ -116,7 +115,9 @@ class Alarms:
         """What is compared with the limit; 0 where this router has no such measure."""
         if kind.measure == "uniform":
             return (
-                0.0 if step < self.uniform_from else min(of.get(f"uniform_{one}", 0.0) for one in ("slots", "tokens"))
+                0.0
+                if step < self.limits["uniform_after"]
+                else min(of.get(f"uniform_{one}", 0.0) for one in ("slots", "tokens"))
             )
         return abs(of.get(kind.measure, 0.0))
 

@@ -4,32 +4,25 @@ D width  E experts  S slots per expert  M = E S slots
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from softmoe_train.drawing.curves import draw_contribution, draw_cumulative, draw_importance
 from softmoe_train.drawing.matrices import draw_similarity
-from softmoe_train.evals.curves import HIGHEST_BINS, CurveSums, coverage_edges
+from softmoe_train.evals.curves import HIGHEST_BINS, coverage_edges
 from softmoe_train.evals.loads import LoadSums
+from softmoe_train.evals.looks import Look
 from softmoe_train.evals.slot_parameters import MATRICES, slot_products
 from softmoe_train.evals.weightings import SoftSums
 from softmoe_train.observe.figures import Histogram
 
 
-class Seen(NamedTuple):
-    """What was added up of one block; sparse routers have no curves."""
-
-    router: nn.Module
-    sums: SoftSums | LoadSums
-    curves: CurveSums | None
-
-
-def draw(blocks: Mapping[int, Seen]) -> dict[str, bytes]:
+def draw(blocks: Mapping[int, Look]) -> dict[str, bytes]:
     """PNG files by name: curves of Soft MoE's weightings, importance (load, of sparse routers), similarity of slot parameters."""
     pictures = {}
-    curves = {block: seen.curves for block, seen in blocks.items() if seen.curves is not None}
+    curves = {block: look.curves for block, look in blocks.items() if look.curves is not None}
     if curves:
         for name, unit in (("dispatch", "tokens of a slot"), ("combine", "slots of a token")):
             pictures[f"{name}_curves"] = draw_cumulative(
@@ -48,9 +41,9 @@ def draw(blocks: Mapping[int, Seen]) -> dict[str, bytes]:
     return pictures
 
 
-def _draw_shares(blocks: Mapping[int, Seen]) -> dict[str, bytes]:
-    read = {block: seen.sums.read().sum(1) for block, seen in blocks.items() if isinstance(seen.sums, SoftSums)}
-    load = {block: seen.sums.load() for block, seen in blocks.items() if isinstance(seen.sums, LoadSums)}
+def _draw_shares(blocks: Mapping[int, Look]) -> dict[str, bytes]:
+    read = {block: look.sums.read().sum(1) for block, look in blocks.items() if isinstance(look.sums, SoftSums)}
+    load = {block: look.sums.load() for block, look in blocks.items() if isinstance(look.sums, LoadSums)}
     pictures = {}
     if read:
         ratios = {block: (of / of.min().clamp(min=1e-9)).cpu().numpy() for block, of in read.items()}
@@ -63,10 +56,10 @@ def _draw_shares(blocks: Mapping[int, Seen]) -> dict[str, bytes]:
     return pictures
 
 
-def _draw_products(blocks: Mapping[int, Seen]) -> dict[str, bytes]:
+def _draw_products(blocks: Mapping[int, Look]) -> dict[str, bytes]:
     pictures = {}
     for name in MATRICES:
-        matrices = {block: p for block, seen in blocks.items() if (p := _matrix(seen.router, name)) is not None}
+        matrices = {block: p for block, look in blocks.items() if (p := _matrix(look.router, name)) is not None}
         if matrices:
             products = {block: slot_products(p.detach()).cpu().numpy() for block, p in matrices.items()}
             num_experts = next(iter(matrices.values())).shape[1]
@@ -78,27 +71,27 @@ def _matrix(router: nn.Module, name: str) -> nn.Parameter | None:
     return dict(router.named_parameters()).get(name)
 
 
-def histograms(blocks: Mapping[int, Seen]) -> dict[str, Histogram]:
+def histograms(blocks: Mapping[int, Look]) -> dict[str, Histogram]:
     """By block and name: each slot's highest dispatch weight, and what each token contributes to all slots."""
     edges = {"dispatch_max": [i / HIGHEST_BINS for i in range(HIGHEST_BINS + 1)], "token_coverage": coverage_edges()}
     found = {}
-    for block, seen in blocks.items():
-        if seen.curves is not None:
+    for block, look in blocks.items():
+        if look.curves is not None:
             for name, part in (("dispatch_max", "highest"), ("token_coverage", "coverage")):
-                counts = [int(count) for count in seen.curves.parts[part].tolist()]
+                counts = [int(count) for count in look.curves.parts[part].tolist()]
                 found[f"{block}/{name}_histogram"] = Histogram(counts, edges[name])
     return found
 
 
-def numbers(seen: Seen) -> dict[str, Any]:
+def numbers(look: Look) -> dict[str, Any]:
     """What the pictures of a block show, as plain values."""
-    if isinstance(seen.sums, LoadSums):
-        return {"expert_load": seen.sums.load().tolist()}
-    shown: dict[str, Any] = {"expert_importance": seen.sums.read().sum(1).tolist()}
-    if seen.curves is not None:
+    if isinstance(look.sums, LoadSums):
+        return {"expert_load": look.sums.load().tolist()}
+    shown: dict[str, Any] = {"expert_importance": look.sums.read().sum(1).tolist()}
+    if look.curves is not None:
         shown |= {
-            "dispatch_cumulative_mean": seen.curves.mean("dispatch").tolist(),
-            "combine_cumulative_mean": seen.curves.mean("combine").tolist(),
-            "token_coverage": {"edges": coverage_edges(), "counts": seen.curves.parts["coverage"].tolist()},
+            "dispatch_cumulative_mean": look.curves.mean("dispatch").tolist(),
+            "combine_cumulative_mean": look.curves.mean("combine").tolist(),
+            "token_coverage": {"edges": coverage_edges(), "counts": look.curves.parts["coverage"].tolist()},
         }
     return shown

@@ -1,26 +1,24 @@
-"""This file owns looking at the routers during training: on the same few images each time, with the same numbers on every layout.
+"""This file owns looking at the routers during training: on the same few images each time, with the same numbers on every layout."""
 
-L blocks with experts
-"""
-
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from softmoe_train.config import Record
 from softmoe_train.data.batch import Batch, ImageStream
-from softmoe_train.dist import sum_over_world
+from softmoe_train.drawing.panels import LACKS, can_draw
 from softmoe_train.evals.alarms import Alarms, AlarmsConfig
-from softmoe_train.evals.loads import LoadSums
-from softmoe_train.evals.slot_parameters import parameter_measures
-from softmoe_train.evals.weightings import SoftSums, Thresholds
+from softmoe_train.evals.looks import Look, looks_at, seen_of, sum_looks
+from softmoe_train.evals.portraits import draw, histograms
+from softmoe_train.evals.weightings import Thresholds
 from softmoe_train.loop import TrainState
-from softmoe_train.model.moe import MoE, Seen
 from softmoe_train.model.vit import ViT
-from softmoe_train.observe.figures import Said
+from softmoe_train.observe.figures import Picture, Said
+
+logger = logging.getLogger(__name__)
 
 
 class RoutingConfig(Record):
@@ -31,6 +29,8 @@ class RoutingConfig(Record):
         int, Field(ge=1)
     ]  # of the beginning of the training sequence, at least; a multiple of data.streams
     batch_size: Annotated[int, Field(ge=1)]  # images of each rank at a time, at most, or one routing group
+    updates: bool  # tell how far the update of such a step moves each expert
+    pictures_every: Annotated[int, Field(ge=0)]  # in evaluations; 0 draws none
     thresholds: Thresholds
     alarms: AlarmsConfig
 
@@ -56,51 +56,46 @@ class FirstImages:
 
 
 class RoutingEvaluator:
-    """Measures every router, `<block>/<measure>`, and says where one has collapsed."""
+    """Measures every router, `<block>/<measure>`, says where one has collapsed, and draws what they do on the one rank that is `main`."""
 
-    def __init__(self, config: RoutingConfig, batches: Iterable[Batch], blocks: list[int], steps: int) -> None:
+    def __init__(self, config: RoutingConfig, batches: Iterable[Batch], blocks: list[int], *, main: bool) -> None:
         self.every = config.every
         self.config = config
         self.batches = batches
         self.blocks = blocks
-        self.alarms = Alarms(config.alarms, steps)
+        self.main = main
+        self.alarms = Alarms(config.alarms)
+        self.told = False  # that nothing can be drawn
 
     @torch.no_grad()
     def run(self, state: TrainState) -> Iterator[tuple[str, Said]]:
-        """The measures of each block with experts, the same on every rank, and alarms."""
-        module, device = state.engine.module, state.engine.device
+        """The measures of each block with experts and alarms, the same on every rank, and figures at every `pictures_every`-th time."""
+        module, device, drawn = state.engine.module, state.engine.device, self._is_drawn(state.step)
         assert isinstance(module, ViT), type(module)
-        layers, tokens = layers_of(module, self.blocks), module.config.num_tokens
-        looks = [build_look(layer, self.config.thresholds, tokens, device) for layer in layers.values()]
+        looks = looks_at(module, self.blocks, self.config.thresholds, device, curves=drawn)
         for batch in self.batches:
-            for look, routing in zip(looks, seen_of(module, batch.images.to(device)), strict=True):
+            for look, routing in zip(looks.values(), seen_of(module, batch.images.to(device)), strict=True):
                 look.add(routing)
-        totals = sum_over_world(torch.cat([look.total for look in looks])).split([len(look.total) for look in looks])
-        measures: dict[int, dict[str, float]] = {}
-        for (block, layer), look, total in zip(layers.items(), looks, totals, strict=True):
-            look.total = total
-            measures[block] = look.measures() | parameter_measures(layer.router)
-            yield from ((f"{block}/{name}", value) for name, value in measures[block].items())
-        learned = {block for block, layer in layers.items() if next(layer.router.parameters(), None) is not None}
-        yield from self.alarms.see(state.step, {block: measures[block] for block in learned})
+        sum_looks(looks)
+        measures = {block: look.measures() for block, look in looks.items()}
+        yield from ((f"{block}/{name}", value) for block, of in measures.items() for name, value in of.items())
+        # Identity has no router to go wrong.
+        learned = {
+            block: of for block, of in measures.items() if next(looks[block].router.parameters(), None) is not None
+        }
+        yield from self.alarms.see(state.step, learned)
+        if drawn and self.main:  # nothing below is collective
+            yield from histograms(looks).items()
+            yield from self._pictures(state.step, looks)
 
+    def _is_drawn(self, step: int) -> bool:
+        """By the step alone, so that a resumed run draws when it would have."""
+        apart = self.every * self.config.pictures_every
+        return apart > 0 and step % apart == 0
 
-def layers_of(module: ViT, blocks: list[int]) -> dict[int, MoE]:
-    """The MoE layers by the number of their block."""
-    return {block: module.get_submodule(f"blocks.{block}.moe") for block in blocks}  # pyright: ignore[reportReturnType]
-
-
-def build_look(layer: MoE, thresholds: Thresholds, tokens: int, device: torch.device) -> SoftSums | LoadSums:
-    """What adds up the measures of a layer's router."""
-    E = layer.config.num_experts
-    if layer.config.is_sparse:
-        return LoadSums(thresholds.dead, E, device)
-    return SoftSums(thresholds, tokens, E, layer.config.slots_per_expert, device)
-
-
-def seen_of(module: nn.Module, images: Tensor) -> Seen:
-    """What the routers decide of images, block by block; every rank must ask, since slots travel to their experts all the same."""
-    seen: Seen = []
-    with torch.compiler.set_stance("force_eager"):  # no graph is worth compiling for this
-        module(images, None, None, seen)
-    return seen
+    def _pictures(self, step: int, looks: Mapping[int, Look]) -> Iterator[tuple[str, Picture]]:
+        if can_draw():
+            yield from ((name, Picture(png, f"step {step}")) for name, png in draw(looks).items())
+        elif not self.told:
+            self.told = True
+            logger.warning("evals.routing.pictures_every=%s: %s; nothing is drawn", self.config.pictures_every, LACKS)

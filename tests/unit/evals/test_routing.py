@@ -11,7 +11,7 @@ import torch
 
 from softmoe_train.config import config_folder, load_yaml, parse
 from softmoe_train.data.batch import Batch
-from softmoe_train.evals import routing
+from softmoe_train.evals import looks
 from softmoe_train.evals.routing import RoutingConfig, RoutingEvaluator
 from softmoe_train.model.init import initialize
 from softmoe_train.model.vit import ViT, build_model
@@ -42,12 +42,12 @@ def model(sharpened: float = 1.0, **moe: Any) -> ViT:
 
 def measured(one: ViT, asked: RoutingConfig, batches: list[Batch], step: int = 0) -> dict[str, Any]:
     state: Any = SimpleNamespace(engine=SimpleNamespace(device=torch.device("cpu"), module=one), step=step)
-    return dict(RoutingEvaluator(asked, batches, [1, 2], steps=100).run(state))
+    return dict(RoutingEvaluator(asked, batches, [1, 2], main=True).run(state))
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "sum_over_world", lambda sums: sums)
+    monkeypatch.setattr(looks, "sum_over_world", lambda sums: sums)
 
 
 def inputs_of(one: ViT, batches: list[Batch], block: int) -> Iterator[np.ndarray]:
