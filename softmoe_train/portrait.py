@@ -40,6 +40,7 @@ SHOWN, MAPPED = 4, 8  # images and slots of a heat map (the paper shows 8 slots)
 class Portrait(NamedTuple):
     """What was found: the files, and measures and numbers by block."""
 
+    ckpt: str
     folder: Path
     files: list[str]
     images: int
@@ -74,7 +75,7 @@ def draw_portrait(asked: InspectConfig) -> Portrait:
     measures = {block: look.measures() for block, look in looked.looks.items()}
     shown = {block: numbers(look) for block, look in looked.looks.items()}
     files = [f"{name}.png" for name in pictures]
-    return Portrait(folder, files, len(images.pixels), images.broken, measures, shown)
+    return Portrait(str(asked.path), folder, files, len(images.pixels), images.broken, measures, shown)
 
 
 def _config(saved: dict[str, Any]) -> RunConfig:
@@ -233,7 +234,8 @@ def print_portrait(portrait: Portrait) -> None:
     """A table of measures by block, and where the pictures are."""
     names = list(next(iter(portrait.measures.values())))
     wide = max(map(len, names))
-    print(f"{'routing':{wide}}", *(f"{f'block {block}':>9}" for block in portrait.measures), sep="  ")
+    print(f"routing of {portrait.ckpt}\n")
+    print(f"{'':{wide}}", *(f"{f'block {block}':>9}" for block in portrait.measures), sep="  ")
     for name in names:
         print(f"{name:{wide}}", *(f"{format_value(of[name]):>9}" for of in portrait.measures.values()), sep="  ")
     left_out = f" ({portrait.left_out} could not be read)" if portrait.left_out else ""
