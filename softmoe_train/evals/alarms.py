@@ -105,9 +105,9 @@ class Alarms:
         for kind in KINDS:
             values = {block: self._value(kind, step, of) for block, of in measures.items()}
             limit, known = self.limits[kind.measure], self.known[kind.measure]
-            known -= {block for block, value in values.items() if value < WELL * limit}
+            known.difference_update(block for block, value in values.items() if value < WELL * limit)
             new = {block: value for block, value in values.items() if value >= limit and block not in known}
-            known |= new.keys()
+            known.update(new)
             if new:
                 yield kind.measure, Alarm(kind.title, f"step {step}: {_where(new, kind)}; {kind.remedy}")
 
