@@ -32,14 +32,15 @@ def warnings_of(run: Path, capsys: pytest.CaptureFixture[str], *overrides: str) 
 def test_a_planted_collapse_raises_the_alarm_and_a_healthy_run_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    often = ["steps=24", "evals.routing.every=4"]
+    often = ["steps=12", "evals.routing.every=4"]
     assert warnings_of(tmp_path / "healthy", capsys, *often) == []
     assert max(metrics(tmp_path / "healthy", "router/1/dispatch_max").values()) < 0.5
     said = warnings_of(tmp_path / "planted", capsys, *often, *PLANTED)
-    told = [text for text in said if text.startswith("dispatch has collapsed: ")]
-    assert len(told) == 1, said
-    assert re.search(r"step \d+: in block 1 \d+% of the slots read one token alone, .*lower schedule\.peak", told[0])
-    assert metrics(tmp_path / "planted", "router/1/one_hot_slots")[24] > 0.9
+    told = {text.partition(": ")[0]: text for text in said}
+    assert len(told) == len(said), "each kind once"
+    where = r"step \d+: in block 1 \d+% of the tokens read one slot alone, .*lower schedule\.peak"
+    assert re.search(where, told["combine has collapsed"]), said
+    assert metrics(tmp_path / "planted", "router/1/one_hot_tokens")[12] > 0.9
 
 
 def alarms() -> Alarms:
