@@ -16,7 +16,14 @@ from softmoe_train.dist import World
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
 
-QUIET = ["recipe=debug", "steps=2", "observe.wandb.mode=disabled", "observe.progress=off", "evals=[]"]
+QUIET = [
+    "recipe=debug",
+    "steps=2",
+    "schedule.warmup_steps=1",
+    "observe.wandb.mode=disabled",
+    "observe.progress=off",
+    "evals=[]",
+]
 PICTURES = {
     "dispatch_curves", "combine_curves", "token_contribution", "expert_importance", "phi_similarity", "slot_curves",
     "slot_maps_block_1",

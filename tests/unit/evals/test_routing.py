@@ -40,7 +40,7 @@ def model(sharpened: float = 1.0, **moe: Any) -> ViT:
     return one.double()
 
 
-def measured(one: ViT, asked: RoutingConfig, batches: list[Batch], step: int = 0) -> dict[str, Any]:
+def measured(one: ViT, asked: RoutingConfig, batches: list[Batch], step: int = 7) -> dict[str, Any]:
     state: Any = SimpleNamespace(engine=SimpleNamespace(device=torch.device("cpu"), module=one), step=step)
     return dict(RoutingEvaluator(asked, batches, [1, 2], main=True).run(state))
 
