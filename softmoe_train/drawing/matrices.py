@@ -15,7 +15,7 @@ LINES = 40  # experts up to which their edges are drawn
 
 def draw_similarity(products: Mapping[int, NDArray[np.float64]], num_experts: int, what: str) -> bytes:
     """By block, the inner products of all pairs of slots, those of one expert beside each other (paper Figs. 28 to 30)."""
-    figure, panels = grid(len(products), f"Inner products of {what} of unit length", high=3.0)
+    figure, panels = grid(len(products), f"Inner products of {what} of unit length", high=2.6)
     image = None
     for axes, (block, of) in zip(panels, products.items(), strict=True):
         M = len(of)

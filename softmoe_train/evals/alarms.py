@@ -11,7 +11,7 @@ from softmoe_train.observe.figures import Alarm
 Limit = Annotated[float, Field(gt=0, le=1)]
 WELL = 0.8  # of a limit, below which what was said once may be said again
 
-BACK = "go back to a checkpoint from before it (`softmoe inspect ckpt=STEP_FOLDER routing=true images=SHARDS` shows how each one routes) and"
+BACK = "go back to a checkpoint from before it and"
 LOWER = f"{BACK} lower schedule.peak, with allow_changes=true, or keep model.moe.soft.normalize=true"
 
 
