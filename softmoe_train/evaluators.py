@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable
 
-from softmoe_train.data import Batch, DataConfig, ImageStream, SyntheticConfig, build_eval_stream, build_stream
+from softmoe_train.data import Batch, SyntheticConfig, build_eval_stream
 from softmoe_train.dist import World
 from softmoe_train.evals.averaged import AveragedEvaluator
-from softmoe_train.evals.routing import FirstImages, RoutingEvaluator
+from softmoe_train.evals.routing import FirstImages, RoutingConfig, RoutingEvaluator, parts_of
+from softmoe_train.evals.settings import upstream_sets
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.loop import Evaluator
 from softmoe_train.model.records import moe_blocks
@@ -21,43 +22,41 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
     """
     evaluators: dict[str, Evaluator] = {}
     if config.evals.upstream is not None:
-        batches = build_eval_stream(
-            config.data,
-            image_size=config.model.image_size,
-            num_classes=config.model.num_classes,
-            seed=config.seed,
-            batch_size=config.evals.upstream.batch_size,
-            rank=world.rank,
-            world=world.size,
-        )
-        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, over(batches), config.loss)
+        sets = {
+            name: over(
+                build_eval_stream(
+                    data,
+                    image_size=config.model.image_size,
+                    num_classes=config.model.num_classes,
+                    seed=config.seed,
+                    batch_size=config.evals.upstream.batch_size,
+                    rank=world.rank,
+                    world=world.size,
+                )
+            )
+            for name, data in upstream_sets(config.evals, config.data).items()
+        }
+        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, sets, config.loss, config.model.num_classes)
     if config.average is not None:
         evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
     if config.evals.routing is not None and config.model.has_experts:
-        images = FirstImages(_first_stream(config, world), config.evals.routing.batch_size, config.model.group_images)
-        blocks = moe_blocks(config.model.moe.blocks, config.model.depth)
-        evaluators["router"] = RoutingEvaluator(config.evals.routing, over(images), blocks, main=world.main)
+        routing, blocks = config.evals.routing, moe_blocks(config.model.moe.blocks, config.model.depth)
+        images = over(_first_images(config, routing, world))
+        evaluators["router"] = RoutingEvaluator(routing, images, blocks, main=world.main)
     return evaluators
 
 
-def _first_stream(config: RunConfig, world: World) -> ImageStream:
-    """The training sequence in batches of the images that routers are looked at with, prepared as held-out ones are."""
-    assert config.evals.routing is not None
-    streams = config.data.streams
-    return build_stream(
-        _plain(config.data),
+def _first_images(config: RunConfig, routing: RoutingConfig, world: World) -> FirstImages:
+    """Read in this process: it is one batch."""
+    part, parts = parts_of(routing, config.model.group_images, world.size)
+    data = config.data
+    stream = build_eval_stream(
+        data if isinstance(data, SyntheticConfig) else data.model_copy(update={"workers": 0, "text": None}),
         image_size=config.model.image_size,
         num_classes=config.model.num_classes,
         seed=config.seed,
-        global_batch=-(-config.evals.routing.images // streams) * streams,
+        batch_size=part * parts,
         rank=world.rank,
         world=world.size,
     )
-
-
-def _plain(data: DataConfig) -> DataConfig:
-    """Without augmentation, and read in this process: it is one batch."""
-    if isinstance(data, SyntheticConfig):
-        return data.model_copy(update={"mixup": None})
-    plain = {"train_transform": data.test_transform, "randaugment": None, "mixup": None, "scaled_decode": False}
-    return data.model_copy(update={**plain, "text": None, "workers": 0})
+    return FirstImages(stream, parts, routing.images)

@@ -181,9 +181,9 @@ class _Looked:
         self.slot_curves: dict[int, Tensor] = {}  # "M T", summed over images
         self.dispatch: dict[int, Tensor] = {}  # "n T M", of the images that are shown
 
-    def add(self, block: int, routing: Routing | SparseRouting) -> None:
+    def add(self, block: int, routing: Routing | SparseRouting, real: Tensor) -> None:
         """Take what the router of a block decided of some images."""
-        self.looks[block].add(routing)
+        self.looks[block].add(routing, real)
         if isinstance(routing, Routing):
             dispatch = routing.dispatch.flatten(2)
             self.dispatch.setdefault(block, dispatch[:SHOWN].cpu())
@@ -225,8 +225,9 @@ def _look(model: ViT, blocks: list[int], config: RunConfig, pixels: Tensor, devi
     looked = _Looked(looks_at(model, blocks, config.evals.routing.thresholds, device, curves=True))
     group = config.model.group_images
     for part in pixels.split(max(1, AT_ONCE // group) * group):
-        for block, routing in zip(blocks, seen_of(model, part.to(device)), strict=True):
-            looked.add(block, routing)
+        real = torch.ones(len(part), dtype=torch.bool, device=device)
+        for block, routing in zip(blocks, seen_of(model, part.to(device), real), strict=True):
+            looked.add(block, routing, real)
     return looked
 
 

@@ -4,7 +4,7 @@ G images  T tokens  M slots of all experts
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmoe_train.model.routing import Routing
@@ -31,9 +31,9 @@ class CurveSums:
             "highest": zeros(HIGHEST_BINS),
         }
 
-    def add(self, routing: Routing) -> None:
-        """Take the weightings of some images."""
-        dispatch, combine = routing.dispatch.flatten(2), routing.combine.flatten(2)
+    def add(self, routing: Routing, whole: Bool[Tensor, " G"]) -> None:
+        """Take the weightings of some images, those that are `whole`."""
+        dispatch, combine = routing.dispatch[whole].flatten(2), routing.combine[whole].flatten(2)
         for name, rows in (("dispatch", dispatch.mT.flatten(0, 1)), ("combine", combine.flatten(0, 1))):
             cumulative = cumulative_weights(rows)
             self.parts[f"{name}_sum"] += cumulative.double().sum(0)

@@ -6,6 +6,7 @@ G routing groups  T tokens of a group  E experts  S slots per expert  K choices 
 import math
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from softmoe_train.model.routing import Routing
@@ -20,22 +21,20 @@ class LoadSums:
         self.experts = experts
         self.total = torch.zeros(6 + experts, dtype=torch.float64, device=device)
 
-    def add(self, routing: Routing | SparseRouting) -> None:
-        """Take the decisions of some groups."""
+    def add(self, routing: Routing | SparseRouting, whole: Bool[Tensor, " G"]) -> None:
+        """Take the decisions of some groups, those that are `whole`."""
         assert isinstance(routing, SparseRouting), type(routing)
-        filled = routing.seats.token < len(routing.seats.slots_of)
-        times = routing.seats.slots_of
-        weights = routing.weights[filled].double().sum()
+        filled = (routing.seats.token < len(routing.seats.slots_of))[whole]
+        times = routing.seats.slots_of.view(len(whole), -1)[whole]
+        weights = routing.weights[whole][filled].double().sum()
         facts = [times.numel(), filled.numel(), (times == 0).sum(), filled.logical_not().sum(), filled.sum(), weights]
         sums = torch.stack([torch.as_tensor(fact, dtype=torch.float64, device=filled.device) for fact in facts])
-        self.total += torch.cat([sums, self._load(routing, filled)])
-
-    def _load(self, routing: SparseRouting, filled: Tensor) -> Tensor:
-        """How many tokens ask for each expert; where experts choose, how many it serves."""
         choices = routing.decisions.choices
-        if choices is None:
-            return filled.double().sum((0, 2))
-        return torch.bincount(choices.flatten(), minlength=self.experts).double()
+        if choices is None:  # experts choose: what each one serves
+            load = filled.sum((0, 2))
+        else:
+            load = choices[whole].flatten().bincount(minlength=self.experts)
+        self.total += torch.cat([sums, load.double()])
 
     def measures(self) -> dict[str, float]:
         """Shares of tokens, slots and experts, and how uneven the load is: its entropy over log E, and its highest over its mean."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from softmoe_train.dist import sum_over_world
@@ -25,11 +26,12 @@ class Look:
         self.sums = LoadSums(thresholds.dead, E, device) if sparse else SoftSums(thresholds, tokens, E, S, device)
         self.curves = CurveSums(tokens, E * S, device) if curves and not sparse else None
 
-    def add(self, routing: Routing | SparseRouting) -> None:
-        """Take what the router decided of some images."""
-        self.sums.add(routing)
+    def add(self, routing: Routing | SparseRouting, real: Bool[Tensor, " B"]) -> None:
+        """Take what the router decided of some images; only groups whose images are all `real` count."""
+        whole = real.view(len(routing.slots), -1).all(1)
+        self.sums.add(routing, whole)
         if self.curves is not None and isinstance(routing, Routing):
-            self.curves.add(routing)
+            self.curves.add(routing, whole)
 
     def measures(self) -> dict[str, float]:
         """By name, of its decisions and of its parameters."""
@@ -61,9 +63,9 @@ def sum_looks(looks: Mapping[int, Look]) -> None:
         part.copy_(summed.view_as(part))
 
 
-def seen_of(module: nn.Module, images: Tensor) -> Seen:
-    """What the routers decide of images, block by block; every rank must ask, since slots travel to their experts all the same."""
+def seen_of(module: nn.Module, images: Tensor, real: Tensor) -> Seen:
+    """What the routers decide of images, of which those that are not `real` take no slot, block by block; every rank must ask, since slots travel to their experts all the same."""
     seen: Seen = []
     with torch.compiler.set_stance("force_eager"):  # no graph is worth compiling for this
-        module(images, None, None, seen)
+        module(images, None, real, seen)
     return seen

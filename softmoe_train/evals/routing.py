@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
 from softmoe_train.config import Record
-from softmoe_train.data.batch import Batch, ImageStream
+from softmoe_train.data.batch import Batch
 from softmoe_train.drawing.panels import LACKS, can_draw
 from softmoe_train.evals.alarms import Alarms, AlarmsConfig
 from softmoe_train.evals.looks import Look, looks_at, seen_of, sum_looks
@@ -35,24 +36,26 @@ class RoutingConfig(Record):
     alarms: AlarmsConfig
 
 
-class FirstImages:
-    """This rank's part of the first batch of a stream, in parts of `batch_size` images and whole groups; read once, then kept."""
+def parts_of(config: RoutingConfig, group_images: int, world: int) -> tuple[int, int]:
+    """How many images of a rank go through the model at a time, whole groups of them, and how often, for all to be seen."""
+    size = max(1, config.batch_size // group_images) * group_images
+    return size, -(-config.images // (size * world))
 
-    def __init__(self, stream: ImageStream, batch_size: int, group_images: int) -> None:
+
+class FirstImages:
+    """This rank's part of the first `images` of a held-out set, in `parts`; read once, then kept. What is beyond them is masked."""
+
+    def __init__(self, stream: Iterable[Batch], parts: int, images: int) -> None:
         self.stream = stream
-        self.batch_size = batch_size
-        self.group_images = group_images
-        self.parts: list[Batch] = []
+        self.parts = parts
+        self.images = images
+        self.kept: list[Batch] = []
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self.parts:
+        if not self.kept:
             batch = next(iter(self.stream))
-            n, group = len(batch), self.group_images
-            fitting = [
-                size for size in range(group, n + 1, group) if n % size == 0 and size <= max(self.batch_size, group)
-            ]
-            self.parts = batch.split(n // max(fitting))
-        yield from self.parts
+            self.kept = replace(batch, mask=batch.mask & (batch.sample_ids < self.images)).split(self.parts)
+        yield from self.kept
 
 
 class RoutingEvaluator:
@@ -74,8 +77,9 @@ class RoutingEvaluator:
         assert isinstance(module, ViT), type(module)
         looks = looks_at(module, self.blocks, self.config.thresholds, device, curves=drawn)
         for batch in self.batches:
-            for look, routing in zip(looks.values(), seen_of(module, batch.images.to(device)), strict=True):
-                look.add(routing)
+            batch = batch.to(device)
+            for look, routing in zip(looks.values(), seen_of(module, batch.images, batch.mask), strict=True):
+                look.add(routing, batch.mask)
         sum_looks(looks)
         measures = {block: look.measures() for block, look in looks.items()}
         yield from ((f"{block}/{name}", value) for block, of in measures.items() for name, value in of.items())

@@ -7,7 +7,7 @@ import math
 from typing import Annotated
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
@@ -51,10 +51,12 @@ class SoftSums:
         count = 1 + len(OF_SLOTS) + len(OF_TOKENS) + experts * slots
         self.total = torch.zeros(count, dtype=torch.float64, device=device)
 
-    def add(self, routing: Routing | SparseRouting) -> None:
-        """Take the weightings of some images."""
+    def add(self, routing: Routing | SparseRouting, whole: Bool[Tensor, " G"]) -> None:
+        """Take the weightings of some images, those that are `whole`."""
         assert isinstance(routing, Routing), type(routing)
-        dispatch, combine = routing.dispatch.flatten(2), routing.combine.flatten(2)
+        dispatch, combine = routing.dispatch[whole].flatten(2), routing.combine[whole].flatten(2)
+        if not len(dispatch):  # a rank may have padding alone
+            return
         of_slots = [*self._shape(dispatch, 1), *_similarity(dispatch, self.thresholds.duplicate)]
         coverage = dispatch.sum(2)
         of_tokens = [*self._shape(combine, 2), coverage, coverage <= LOW, coverage > HIGH]

@@ -72,8 +72,8 @@ def measured(rank: int, world: int, layouts: list[Layout]) -> list[Any]:
         looks = looks_at(engine.module, [1, 2], config().thresholds, engine.device, curves=True)  # pyright: ignore[reportArgumentType]
         with torch.no_grad():
             for batch in batches:
-                for look, routing in zip(looks.values(), seen_of(engine.module, batch.images), strict=True):
-                    look.add(routing)
+                for look, routing in zip(looks.values(), seen_of(engine.module, batch.images, batch.mask), strict=True):
+                    look.add(routing, batch.mask)
         sum_looks(looks)
         parts = [part for look in looks.values() for part in look.parts()]
         found.append((said, parts, *moved(rank, world, engine)))
