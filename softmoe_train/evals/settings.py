@@ -6,6 +6,7 @@ from softmoe_train.evals.fewshot import FewshotConfig
 from softmoe_train.evals.knn import KnnConfig
 from softmoe_train.evals.on_sets import feature_configs
 from softmoe_train.evals.probe import ProbeConfig
+from softmoe_train.evals.routing import RoutingConfig
 from softmoe_train.evals.sets import SetsConfig
 from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.model.records import ModelConfig
@@ -18,6 +19,7 @@ class EvalsConfig(Record):
     fewshot: FewshotConfig | None
     knn: KnnConfig | None
     probe: ProbeConfig | None
+    routing: RoutingConfig | None
 
     @property
     def on_sets(self) -> dict[str, SetsConfig]:
@@ -27,7 +29,7 @@ class EvalsConfig(Record):
     @property
     def reads_test(self) -> bool:
         """Whether any of them reads `data.test`."""
-        return self.upstream is not None
+        return self.upstream is not None or self.routing is not None
 
 
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:
