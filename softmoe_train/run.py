@@ -170,7 +170,7 @@ def _index(config: RunConfig, world: World) -> None:
             config.data,
             part=world.local_rank % world.local_size,
             parts=world.local_size,
-            needs_test=config.evals.upstream is not None,
+            needs_test=config.evals.needs_test,
         )
     )
     if problems:
@@ -181,7 +181,7 @@ def _left_out(config: RunConfig, world: World) -> list[str]:
     """What is to be told of samples that are not read, by the one rank that tells it."""
     if isinstance(config.data, SyntheticConfig) or not world.main:
         return []
-    return left_out(config.data, needs_test=config.evals.upstream is not None)
+    return left_out(config.data, needs_test=config.evals.needs_test)
 
 
 def training_stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:

@@ -18,6 +18,7 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
+from softmoe_train.evals.finetune import FinetuneEvalConfig
 from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
@@ -53,6 +54,12 @@ class EvalsConfig(Record):
     """The evaluators of a run; null leaves one out."""
 
     upstream: UpstreamConfig | None
+    finetune: FinetuneEvalConfig | None
+
+    @property
+    def needs_test(self) -> bool:
+        """Whether one of them reads data.test."""
+        return self.upstream is not None or (self.finetune is not None and self.finetune.test)
 
 
 class RunConfig(Record):
@@ -153,7 +160,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         image_size=config.model.image_size,
         global_batch=config.batch_size,
         world=size,
-        needs_test=config.evals.upstream is not None,
+        needs_test=config.evals.needs_test,
     )
     problems += _label_problems(config)
     return problems + (_folder_problems(config) or _resume_problems(config))

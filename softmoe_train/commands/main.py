@@ -7,6 +7,7 @@ import softmoe_train
 from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.commands.bench import MEASURES, bench
 from softmoe_train.commands.export import export
+from softmoe_train.commands.finetune import finetune
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.plan import compare, plan
@@ -16,6 +17,10 @@ from softmoe_train.config import ConfigError
 
 EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2 run_dir=runs/mine
 `softmoe train recipe=debug` needs no data; `softmoe train --cfg job` prints every key with its value"""
+FINETUNE_EPILOG = """keys: ckpt=FOLDER_OR_FILE (a run: its newest checkpoint; a step; an export), weights=model or average; recipe=finetune/SET and any override of
+a run, but for the model: that is the checkpoint's, with the recipe's image size and number of classes, and a fresh head
+  softmoe finetune ckpt=runs/mine recipe=finetune/imagenet1k data.train=SHARDS data.test=SHARDS"""
+
 BENCH_EPILOG = """measures: {measures}
 
 each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; step, exchange and checkpoint also take those of a run
@@ -67,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return bench(options.what, options.overrides)
             case "export":
                 return export(options.overrides)
+            case "finetune":
+                return finetune(options.overrides, print_only=options.cfg is not None)
             case "inspect":
                 return inspect(options.overrides)
             case "parity":
@@ -98,7 +105,11 @@ def _parser() -> argparse.ArgumentParser:
 
     measures = "".join(f"\n  {name:<10} {text}" for name, text in MEASURES.items())
     training = verb("train", "pretrain, or continue what the run folder holds", EPILOG)
-    training.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
+    tuning = verb(
+        "finetune", "train the weights of a checkpoint on another set, at another resolution", FINETUNE_EPILOG
+    )
+    for parsed in (training, tuning):
+        parsed.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
     proof = verb("parity", "prove that this layout computes what one process computes; needs no data", PARITY_EPILOG)
     planning = verb(
         "plan", "what a run costs, before it runs and on any machine: memory, FLOPs, bytes, legality", PLAN_EPILOG
@@ -121,6 +132,6 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", "what is in a checkpoint, whether it is whole, how it differs from another", INSPECT_EPILOG
     )
     exporting = verb("export", "write a checkpoint's weights as one safetensors file for plain PyTorch", EXPORT_EPILOG)
-    for parsed in (training, proof, planning, measuring, inspecting, exporting, sharding):
+    for parsed in (training, tuning, proof, planning, measuring, inspecting, exporting, sharding):
         parsed.add_argument("overrides", nargs="*", help="key=value")
     return parser

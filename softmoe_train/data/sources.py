@@ -115,7 +115,8 @@ def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
     """
     rules, catalog = build_rules(cfg), Catalog(Remote(cfg.cache))
     specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
-    sources = [indexed(spec, rules, catalog) for spec in specs]
+    sources = [indexed(spec, rules, catalog) for spec in specs[: len(specs) - needs_test]]
+    sources += [indexed(spec, build_rules(cfg, "test"), catalog) for spec in specs[len(sources) :]]
     told = [
         f"{key}: {text}" for (key, _), source in zip(specs, sources, strict=True) for text in told_of_keep(cfg, *source)
     ]
