@@ -19,6 +19,7 @@ ONCE = {
     "data.label": "cls",
     "data.keep.renumber": False,
     "data.scaled_decode": False,
+    "optim.frozen": [],
     "data.train_transform.arithmetic": "float32",
     "data.test_transform.arithmetic": "float32",
 }
