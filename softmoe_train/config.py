@@ -33,7 +33,7 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 NO_FILE = "no such file under conf/"
 # Mappings whose keys are a user's own names.
-OPEN = re.compile(r"evals\.\w+\.sets\.")
+OPEN = re.compile(r"(evals\.\w+\.sets|finetune)\.")
 HYDRA = re.compile(r"[+~]*hydra[./=]")
 Tree = dict[str, Any]
 

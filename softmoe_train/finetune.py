@@ -61,7 +61,7 @@ def compose_finetune(overrides: list[str], check: Check) -> RunConfig:
             model = _model_of(asked.ckpt, asked.weights)
         except CheckpointError as error:
             problems += [f"{error.what.replace('warm.source=', 'ckpt=')}: {problem}" for problem in error.problems]
-    problems += recipe_problems(others) + _decided_problems(others, model is not None)
+    problems += recipe_problems(others) + decided_problems(others, model is not None)
     if problems or asked is None or asked.ckpt is None:
         raise ConfigError([*problems, *_others_problems(others)])
     if "name" not in map(key_of, others):
@@ -70,11 +70,17 @@ def compose_finetune(overrides: list[str], check: Check) -> RunConfig:
 
 
 def compose_around(
-    overrides: list[str], model: Mapping[str, Any] | None, ckpt: str, weights: str, check: Check
+    overrides: list[str],
+    model: Mapping[str, Any] | None,
+    ckpt: str,
+    weights: str,
+    check: Check,
+    also: Callable[[Tree], object] = lambda _: None,
 ) -> RunConfig:
     """A run of these settings whose model is `model`, where that is known, with the `weights` of `ckpt` and a fresh head.
 
-    Of its own it has the size of the images, the number of classes and what `overrides` say of `model.KEY` in so many words.
+    Of its own it has the size of the images, the number of classes and what `overrides` say of `model.KEY` in so many words. `also` may
+    change more of the tree.
     """
     keys = [
         "model.image_size",
@@ -88,6 +94,7 @@ def compose_around(
             for key in keys:
                 _copy_leaf(composed, tree["model"], key.split(".")[1:])
         tree["warm"] |= {"source": ckpt, "weights": weights, "head": "fresh"}
+        also(tree)
 
     return compose(RunConfig, ["warm=weights", *overrides], check, change)
 
@@ -137,7 +144,7 @@ def _warm(ckpt: str, weights: Literal["model", "average"]) -> WarmConfig:
         raise CheckpointError("ckpt", [str(detail["ctx"]["error"]) for detail in error.errors()]) from None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _decided_problems(overrides: list[str], known: bool) -> list[str]:
+def decided_problems(overrides: list[str], known: bool) -> list[str]:
     """What is asked for that the checkpoint decides, or not asked for where it cannot tell."""
     keys = list(map(key_of, overrides))
     problems = [f"{key}: {why}; leave it out" for key, why in DECIDED.items() if key in keys]

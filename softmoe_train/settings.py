@@ -18,7 +18,7 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.finetune import FinetuneEvalConfig
+from softmoe_train.evals.finetune import FinetuneAtEnd, FinetuneEvalConfig
 from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
@@ -97,6 +97,7 @@ class RunConfig(Record):
     bad_steps: BadStepsConfig
     observe: ObserveConfig
     evals: EvalsConfig
+    finetune: dict[str, FinetuneAtEnd]  # by name: at the end of the run, in the same processes
 
     @field_validator("name")
     @classmethod

@@ -18,6 +18,13 @@ class FinetuneEvalConfig(Record):
     test: bool  # measure on data.test, at the last step alone: what is chosen by it would not be held out
 
 
+class FinetuneAtEnd(Record):
+    """A fine-tuning of a run's last weights when it is complete: a recipe of conf/recipe/finetune, and what is said on top of it."""
+
+    recipe: str
+    overrides: list[str]
+
+
 class FinetuneEvaluator:
     """Measures `val/...` whenever it is due and `test/...` at step `last`, each as upstream does; None leaves a part out."""
 
