@@ -7,7 +7,7 @@ import softmoe_train
 from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.commands.bench import MEASURES, bench
 from softmoe_train.commands.export import export
-from softmoe_train.commands.finetune import finetune
+from softmoe_train.commands.finetune import choose, finetune
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.plan import compare, plan
@@ -19,7 +19,8 @@ EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2
 `softmoe train recipe=debug` needs no data; `softmoe train --cfg job` prints every key with its value"""
 FINETUNE_EPILOG = """keys: ckpt=FOLDER_OR_FILE (a run: its newest checkpoint; a step; an export), weights=model or average; recipe=finetune/SET and any override of
 a run, but for the model: that is the checkpoint's, with the recipe's image size and number of classes, and a fresh head
-  softmoe finetune ckpt=runs/mine recipe=finetune/imagenet1k data.train=SHARDS data.test=SHARDS"""
+  softmoe finetune ckpt=runs/mine recipe=finetune/imagenet1k data.train=SHARDS data.test=SHARDS
+  softmoe finetune -m ckpt=runs/mine recipe=finetune/pets schedule.peak=0.003,0.01 data.train=SHARDS data.test=SHARDS"""
 
 BENCH_EPILOG = """measures: {measures}
 
@@ -73,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
             case "export":
                 return export(options.overrides)
             case "finetune":
-                return finetune(options.overrides, print_only=options.cfg is not None)
+                several = options.multirun and options.cfg is None
+                return (
+                    choose(options.overrides) if several else finetune(options.overrides, print_only=bool(options.cfg))
+                )
             case "inspect":
                 return inspect(options.overrides)
             case "parity":
@@ -107,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     training = verb("train", "pretrain, or continue what the run folder holds", EPILOG)
     tuning = verb(
         "finetune", "train the weights of a checkpoint on another set, at another resolution", FINETUNE_EPILOG
+    )
+    tuning.add_argument(
+        "-m", "--multirun", action="store_true", help="every point of a sweep, chosen on held-out images"
     )
     for parsed in (training, tuning):
         parsed.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
