@@ -249,9 +249,10 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     else:
         value = parsed.value()
     here: Any = tree
+    opened = bool(OPEN.match(".".join(path)))
     for part in above:
-        here = here.get(part) if isinstance(here, dict) else None
-    if not isinstance(here, dict) or (last not in here and not OPEN.match(f"{'.'.join(path)}.")):
+        here = (here.setdefault(part, {}) if opened else here.get(part)) if isinstance(here, dict) else None
+    if not isinstance(here, dict) or (last not in here and not opened):
         return [_no_such_key(override, ".".join(path), _leaves(tree))]
     here[last] = value
     return []

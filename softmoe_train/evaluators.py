@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from softmoe_train.data import Batch, build_eval_stream
+from softmoe_train.data import Batch, DataConfig, build_eval_stream
 from softmoe_train.data.stream import EvalStream
 from softmoe_train.data.synthetic import SyntheticEvalStream
 from softmoe_train.dist import World
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.finetune import FinetuneEvaluator
+from softmoe_train.evals.settings import upstream_sets
 from softmoe_train.evals.upstream import UpstreamConfig, UpstreamEvaluator
 from softmoe_train.loop import Evaluator
 from softmoe_train.settings import RunConfig
@@ -24,18 +25,22 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
     evaluators: dict[str, Evaluator] = {}
     upstream, finetune = config.evals.upstream, config.evals.finetune
     if upstream is not None:
-        batches = _held_out(config, world, "test", upstream.batch_size)
-        evaluators["upstream"] = UpstreamEvaluator(upstream, over(batches), config.loss)
+        sets = {
+            name: over(_held_out(config, data, world, "test", upstream.batch_size))
+            for name, data in upstream_sets(config.evals, config.data).items()
+        }
+        evaluators["upstream"] = UpstreamEvaluator(upstream, sets, config.loss, config.model.num_classes)
     if finetune is not None:
+        as_upstream = UpstreamConfig(every=finetune.every, batch_size=finetune.batch_size, sets={})
         asked: list[tuple[Literal["val", "test"], bool]] = [
             ("val", config.data.holdout is not None),
             ("test", finetune.test),
         ]
-        as_upstream = UpstreamConfig(every=finetune.every, batch_size=finetune.batch_size)
         measured = {
-            part: UpstreamEvaluator(as_upstream, over(_held_out(config, world, part, finetune.batch_size)), config.loss)
+            part: UpstreamEvaluator(as_upstream, {part: over(batches)}, config.loss, config.model.num_classes)
             for part, wanted in asked
             if wanted
+            for batches in [_held_out(config, config.data, world, part, finetune.batch_size)]
         }
         evaluators["finetune"] = FinetuneEvaluator(finetune, measured.get("val"), measured.get("test"), config.steps)
     if config.average is not None:
@@ -44,10 +49,10 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
 
 
 def _held_out(
-    config: RunConfig, world: World, part: Literal["val", "test"], batch_size: int
+    config: RunConfig, data: DataConfig, world: World, part: Literal["val", "test"], batch_size: int
 ) -> EvalStream | SyntheticEvalStream:
     return build_eval_stream(
-        config.data,
+        data,
         image_size=config.model.image_size,
         num_classes=config.model.num_classes,
         seed=config.seed,

@@ -18,8 +18,8 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.finetune import FinetuneAtEnd, FinetuneEvalConfig
-from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
+from softmoe_train.evals.finetune import FinetuneAtEnd
+from softmoe_train.evals.settings import EvalsConfig, measured_every, set_problems
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
@@ -50,18 +50,6 @@ class TorchEngineConfig(Record):
 
 
 EngineConfig = Annotated[TorchEngineConfig | DeepSpeedConfig, Field(discriminator="kind")]
-
-
-class EvalsConfig(Record):
-    """The evaluators of a run; null leaves one out."""
-
-    upstream: UpstreamConfig | None
-    finetune: FinetuneEvalConfig | None
-
-    @property
-    def needs_test(self) -> bool:
-        """Whether one of them reads data.test."""
-        return self.upstream is not None or (self.finetune is not None and self.finetune.test)
 
 
 class RunConfig(Record):
@@ -171,13 +159,13 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         image_size=config.model.image_size,
         global_batch=config.batch_size,
         world=size,
-        needs_test=config.evals.needs_test,
+        needs_test=config.evals.reads_test,
     )
-    problems += _label_problems(config)
+    problems += label_problems(config) + set_problems(config.evals, config.data, config.model)
     return problems + (_folder_problems(config) or _resume_problems(config))
 
 
-def _label_problems(config: RunConfig) -> list[str]:
+def label_problems(config: RunConfig) -> list[str]:
     """Why the labels of the data are not those of the model, or of a loss."""
     if isinstance(config.data, SyntheticConfig):
         return []
@@ -278,19 +266,21 @@ def _void_problems(config: RunConfig) -> list[str]:
 
 def _best_problems(config: RunConfig) -> list[str]:
     """Why no checkpoint could ever be the best."""
-    best, upstream = config.checkpoint.best, config.evals.upstream
+    best = config.checkpoint.best
     if best is None:
         return []
-    sources = [] if upstream is None else ["upstream", *(["upstream_average"] if config.average is not None else [])]
-    known = [f"{source}/{measure}" for source in sources for measure in MEASURES]
-    if upstream is None or metric_of(best) not in known:
-        remedy = f"use one of {', '.join(known)}" if known else "no evaluator is on (evals=[upstream]); use null"
-        return [f"checkpoint.best={best}: nothing measures {metric_of(best)}; {remedy}"]
-    if not 0 < math.lcm(upstream.every, config.checkpoint.every) < config.steps:
+    known = measured_every(config.evals, config.model, averaged=config.average is not None)
+    metric = metric_of(best)
+    if metric not in known:
+        some = ", ".join(list(known)[:6])
+        remedy = f"use one of {some}" if known else "no evaluator is on (evals=[upstream]); use null"
+        return [f"checkpoint.best={best}: nothing measures {metric}; {remedy}"]
+    if not 0 < math.lcm(known[metric], config.checkpoint.every) < config.steps:
+        source = metric.partition("/")[0].removesuffix("_average")
         return [
-            f"checkpoint.best={best}: it is measured every {upstream.every} steps and checkpoints are made every "
+            f"checkpoint.best={best}: it is measured every {known[metric]} steps and checkpoints are made every "
             f"{config.checkpoint.every} (0: only at the end), so no step before the last of steps={config.steps} has both; use "
-            f"evals.upstream.every and checkpoint.every that meet, or null"
+            f"evals.{source}.every and checkpoint.every that meet, or null"
         ]
     return []
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from softmoe_train.commands.elastic import check_train
+from softmoe_train.commands.eval import eval_checkpoint
 from softmoe_train.commands.train import run_training
 from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError, expand_sweep
@@ -12,6 +13,7 @@ from softmoe_train.finetune import compose_finetune, key_of
 from softmoe_train.settings import RunConfig
 
 HELD_OUT, TEST = "finetune/val/top1", "finetune/test/top1"
+TEST_FILE = "test.json"  # in the folder of the chosen run
 
 
 def finetune(overrides: list[str], *, print_only: bool) -> int:
@@ -36,7 +38,7 @@ class Point(NamedTuple):
 
 
 def choose(overrides: list[str]) -> int:
-    """Fine-tune at every point of a sweep, one after another, and choose on held-out images; only the chosen one's test number is told.
+    """Fine-tune at every point of a sweep, one after another, and choose on held-out images; only the chosen one is tested.
 
     Points that are complete are not repeated: the same command goes on. Raises ConfigError with the mistakes of all points first.
     """
@@ -47,7 +49,15 @@ def choose(overrides: list[str]) -> int:
             code = finetune(point.overrides, print_only=False)
             if code or point.metrics() is None:
                 return code
-    print(told(points), flush=True)
+    best, *others = sorted(points, key=_worth, reverse=True)
+    account = best.config.folder / TEST_FILE
+    if not account.is_file():
+        words = [f"ckpt={best.config.folder}", "evals=[finetune]", "evals.finetune.test=true", f"out={account}"]
+        where = [f"processes={best.config.processes}", f"device={best.config.device}"]
+        code = eval_checkpoint([*words, *where])
+        if code:
+            return code
+    print(told(best, others, json.loads(account.read_text())["metrics"][TEST]), flush=True)
     return 0
 
 
@@ -66,7 +76,12 @@ def _points(overrides: list[str]) -> list[Point]:
         label = "_".join(word for word in words if key_of(word) in swept)
         try:
             folder = Path(compose_finetune(words, lambda _: []).run_dir) / label.replace("/", "-")
-            words = [*(word for word in words if key_of(word) != "run_dir"), f"run_dir={folder}"]
+            own = ("run_dir", "evals.finetune.test")
+            words = [
+                *(word for word in words if key_of(word) not in own),
+                f"run_dir={folder}",
+                "evals.finetune.test=false",
+            ]
             config = compose_finetune(words, lambda c: check_train(c, None) + _held_out_problems(c))
         except ConfigError as error:
             problems += error.problems
@@ -88,14 +103,18 @@ def _held_out_problems(config: RunConfig) -> list[str]:
     return []
 
 
-def told(points: list[Point]) -> str:
+def _worth(point: Point) -> tuple[float, float]:
+    metrics = point.metrics()
+    assert metrics is not None
+    return metrics[HELD_OUT], -metrics["finetune/val/loss"]
+
+
+def told(best: Point, others: list[Point], test: float) -> str:
     """The points with what each came to on held-out images, the best first, and the best one's test number."""
-    results = [(point, metrics) for point in points if (metrics := point.metrics()) is not None]
-    results.sort(key=lambda of: (-of[1][HELD_OUT], of[1]["finetune/val/loss"]))
-    width = max(len(point.label) for point in points)
-    lines = [f"{'':<{width}}  held-out top-1   test top-1"]
-    for place, (point, metrics) in enumerate(results):
-        test = f"{metrics[TEST]:.4f}   chosen" if place == 0 and TEST in metrics else "-" if place else "-   chosen"
-        lines.append(f"{point.label:<{width}}  {metrics[HELD_OUT]:.4f}           {test}")
-    best = results[0][0]
-    return "\n".join([*lines, f"chosen on the held-out images; its run folder: {best.config.folder}"])
+    width = max(len(point.label) for point in (best, *others))
+    lines = [f"{'':<{width}}  held-out top-1  test top-1"]
+    for point in (best, *others):
+        lines.append(
+            f"{point.label:<{width}}  {_worth(point)[0]:<14.4f}  {f'{test:.4f}, chosen' if point is best else '-'}"
+        )
+    return "\n".join([*lines, f"run folder of the chosen one: {best.config.folder}"])

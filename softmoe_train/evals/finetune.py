@@ -36,7 +36,7 @@ class FinetuneEvaluator:
 
     def run(self, state: TrainState) -> Iterator[tuple[str, float]]:
         """The measures of both parts, by the part's name."""
-        for name, value in self.val.run(state) if self.val is not None else ():
-            yield f"val/{name.removeprefix('test/')}", value
+        if self.val is not None:
+            yield from self.val.run(state)
         if self.test is not None and state.step == self.last:
             yield from self.test.run(state)
