@@ -1,7 +1,7 @@
 """This file owns the fine-tunings at the end of a run: how each is composed from it, and what its own records get of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _of(name: str, problems: list[str]) -> list[str]:
     return [f"finetune.{name}: {problem}" for problem in problems]
 
 
-def _copy(source: Mapping[str, Any], target: Tree, path: list[str]) -> None:
+def _copy(source: Mapping[str, Any], target: Tree, path: Sequence[str]) -> None:
     for part in path[:-1]:
         source, target = source[part], target[part]
     target[path[-1]] = source[path[-1]]

@@ -113,8 +113,8 @@ def told(best: Point, others: list[Point], test: float) -> str:
     """The points with what each came to on held-out images, the best first, and the best one's test number."""
     width = max(len(point.label) for point in (best, *others))
     lines = [f"{'':<{width}}  held-out top-1  test top-1"]
-    for point in (best, *others):
-        lines.append(
-            f"{point.label:<{width}}  {_worth(point)[0]:<14.4f}  {f'{test:.4f}, chosen' if point is best else '-'}"
-        )
+    lines += [
+        f"{point.label:<{width}}  {_worth(point)[0]:<14.4f}  {f'{test:.4f}, chosen' if point is best else '-'}"
+        for point in (best, *others)
+    ]
     return "\n".join([*lines, f"run folder of the chosen one: {best.config.folder}"])
