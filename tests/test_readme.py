@@ -130,6 +130,20 @@ def test_a_look_at_its_checkpoints_runs_as_written(
     assert ("every hash holds" in said) == ("verify=true" in words)
 
 
+def test_the_lines_about_fine_tuning_run_as_written(
+    again: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(again[0])
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    one, several = lines_of("finetune")
+    assert main(["finetune", *one]) == main(["finetune", *several]) == 0
+    said = capsys.readouterr().out
+    assert "runs/finetune-cifar10-of-again-laptop" in said and "chosen" in said
+    (ends,) = (line for line in commands() if "finetune.pets" in line)
+    assert main(["train", *shlex.split(ends.partition("softmoe train ")[2])]) == 0
+    assert "finetune/pets/top1" in capsys.readouterr().out
+
+
 def test_exported_weights_of_its_run_load_without_this_package(
     again: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
