@@ -113,7 +113,7 @@ def measured(config: RunConfig) -> dict[str, float]:
     return {name: value for name, value in found.items() if told.get(name) != value}
 
 
-def tell(config: RunConfig, values: Mapping[str, float], log: SilentLog) -> None:
+def tell_results(config: RunConfig, values: Mapping[str, float], log: SilentLog) -> None:
     """Have the records of the run, at its last step, say what its fine-tunings came to."""
     log.report_late(config.steps, int(_summary(config).get("images_seen", 0)), values)
     for name, value in values.items():

@@ -1,6 +1,6 @@
 """This file owns which evaluators a run has: what its settings ask for, each built once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from softmoe_train.data import Batch, DataConfig, build_eval_stream
@@ -9,9 +9,11 @@ from softmoe_train.data.synthetic import SyntheticEvalStream
 from softmoe_train.dist import World
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.finetune import FinetuneEvaluator
+from softmoe_train.evals.on_sets import FeatureEvaluator, FeatureSets
 from softmoe_train.evals.settings import upstream_sets
 from softmoe_train.evals.upstream import UpstreamConfig, UpstreamEvaluator
 from softmoe_train.loop import Evaluator
+from softmoe_train.observe.log import SilentLog
 from softmoe_train.settings import RunConfig
 
 Over = Callable[[Iterable[Batch]], Iterable[Batch]]  # batches with a sign of life for each
@@ -43,8 +45,12 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
             for batches in [_held_out(config, config.data, world, part, finetune.batch_size)]
         }
         evaluators["finetune"] = FinetuneEvaluator(finetune, measured.get("val"), measured.get("test"), config.steps)
+    features = FeatureSets(config.evals.on_sets, image_size=config.model.image_size, world=world)
+    evaluators |= features.evaluators(over)
     if config.average is not None:
-        evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
+        # Of features those of the averaged weights are others, so these evaluators must not share with those above.
+        alike = {**evaluators, **features.evaluators(over)}
+        evaluators |= {f"{source}_average": AveragedEvaluator(one) for source, one in alike.items()}
     return evaluators
 
 
@@ -61,3 +67,10 @@ def _held_out(
         world=world.size,
         part=part,
     )
+
+
+def tell(evaluators: Mapping[str, Evaluator], log: SilentLog) -> None:
+    """Log once what the evaluators of features measure on, so that two runs can prove that they used the same split."""
+    for source, one in evaluators.items():
+        if isinstance(one, FeatureEvaluator):
+            log.record(source, *one.told)

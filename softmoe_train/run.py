@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 
 import torch
 
-from softmoe_train.at_end import child_of, is_complete, measured, tell
+from softmoe_train.at_end import child_of, is_complete, measured, tell_results
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
@@ -31,7 +31,7 @@ from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspe
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.evals.settings import upstream_sets
-from softmoe_train.evaluators import build_evaluators
+from softmoe_train.evaluators import build_evaluators, tell
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import BadData, BadStepsError
 from softmoe_train.faults.broken import Budget
@@ -88,7 +88,7 @@ def _fine_tune(config: RunConfig, world: World, device: torch.device, held: Clai
     if values and held is not None:
         log = open_log(config, held, config.observe, wandb_id=None, step=config.steps, startup=None, taken_back=[])
         try:
-            tell(config, values, log)
+            tell_results(config, values, log)
         finally:
             log.close("complete", failed=False)
     return "complete"
@@ -129,6 +129,7 @@ def _train(
         log.message(_description(config, engine, topology))
         for told in _left_out(config, world):
             log.message(told)
+        tell(evaluators, log)
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
             watch.begin(state)

@@ -9,8 +9,13 @@ from softmoe_train.data import (
     check_labels,
     trained_and_tested,
 )
+from softmoe_train.evals.fewshot import FewshotConfig
 from softmoe_train.evals.finetune import FinetuneEvalConfig
-from softmoe_train.evals.upstream import MEASURES, UpstreamConfig
+from softmoe_train.evals.knn import KnnConfig
+from softmoe_train.evals.on_sets import feature_configs
+from softmoe_train.evals.probe import ProbeConfig
+from softmoe_train.evals.sets import SetsConfig
+from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.model.records import ModelConfig
 
 
@@ -19,24 +24,19 @@ class EvalsConfig(Record):
 
     upstream: UpstreamConfig | None
     finetune: FinetuneEvalConfig | None
+    fewshot: FewshotConfig | None
+    knn: KnnConfig | None
+    probe: ProbeConfig | None
+
+    @property
+    def on_sets(self) -> dict[str, SetsConfig]:
+        """Those that measure features on sets of their own, by source."""
+        return feature_configs(self.fewshot, self.knn, self.probe)
 
     @property
     def reads_test(self) -> bool:
         """Whether any of them reads `data.test`."""
         return self.upstream is not None or (self.finetune is not None and self.finetune.test)
-
-
-def measured_every(evals: EvalsConfig, model: ModelConfig, *, averaged: bool) -> dict[str, int]:
-    """Each metric that a run's evaluators measure at every of their evaluations, and every how many steps that is."""
-    known: dict[str, int] = {}
-    if evals.upstream is not None:
-        known |= {f"upstream/{name}": evals.upstream.every for name in evals.upstream.measures(model.num_classes)}
-    if evals.finetune is not None:
-        known |= {f"finetune/val/{measure}": evals.finetune.every for measure in MEASURES}
-    if averaged:
-        of_average = {name.partition("/"): every for name, every in known.items()}
-        known |= {f"{source}_average/{name}": every for (source, _, name), every in of_average.items()}
-    return known
 
 
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:

@@ -11,7 +11,15 @@ import rich.console
 import rich.progress
 
 ProgressKind = Literal["auto", "bar", "plain", "off"]
-SHOWN = ("train", "upstream", "fewshot", "finetune", "zeroshot")  # the rest is in metrics.jsonl: too many for a line
+SHOWN = (
+    "train",
+    "upstream",
+    "fewshot",
+    "knn",
+    "probe",
+    "finetune",
+    "zeroshot",
+)  # the rest is in metrics.jsonl: too many for a line
 
 
 def format_value(value: float) -> str:
