@@ -10,7 +10,7 @@ from softmoe_train.config import flat
 SHAPING = {"parallel.exchange_dtype"}
 FREE = {
     "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "device", "compile",
-    "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "data.train", "data.test", "data.cache", "data.workers",
+    "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "finetune", "data.train", "data.test", "data.cache", "data.workers",
     "data.prefetch", "data.max_broken", "data.max_broken_fraction",
     "data.classes", "data.quarantine",
 }  # fmt: skip
@@ -19,6 +19,7 @@ ONCE = {
     "data.label": "cls",
     "data.keep.renumber": False,
     "data.scaled_decode": False,
+    "optim.frozen": [],
     "data.train_transform.arithmetic": "float32",
     "data.test_transform.arithmetic": "float32",
 }

@@ -33,7 +33,7 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 NO_FILE = "no such file under conf/"
 # Mappings whose keys are a user's own names.
-OPEN = re.compile(r"evals\.\w+\.sets[.=]")
+OPEN = re.compile(r"(evals\.\w+\.sets|finetune)[.=]")
 HYDRA = re.compile(r"[+~]*hydra[./=]")
 Tree = dict[str, Any]
 
@@ -55,8 +55,13 @@ def config_folder() -> Path:
     return checkout if (checkout / "config.yaml").is_file() else Path(__file__).resolve().parent / "_conf"
 
 
-def compose(record: type[R], overrides: list[str], check: Callable[[R], list[str]]) -> R:
-    """The resolved configuration: YAML of `config_folder()`, then `overrides`, as a record that passes its rules and `check`.
+def compose(
+    record: type[R],
+    overrides: list[str],
+    check: Callable[[R], list[str]],
+    change: Callable[[Tree], object] = lambda _: None,
+) -> R:
+    """The resolved configuration: YAML of `config_folder()`, then `overrides`, then `change`, as a record that passes its rules and `check`.
 
     Raises ConfigError with every mistake: misspelt keys, wrong types, broken rules of one record, and what `check` says of
     their combination.
@@ -64,6 +69,7 @@ def compose(record: type[R], overrides: list[str], check: Callable[[R], list[str
     tree, problems = _compose_tree([_quoted(override) for override in overrides])
     if tree is None:
         raise ConfigError(problems)
+    change(tree)
     config, found = parse(record, tree)
     problems += found
     if config is not None and not any(NO_FILE in problem for problem in problems):  # else it would judge another choice
@@ -81,7 +87,7 @@ def compose_onto(record: type[R], saved: Tree, overrides: list[str], check: Call
     """
     composed, problems = _compose_tree([])
     assert composed is not None, problems
-    tree = _filled(saved, composed)
+    tree = filled(saved, composed)
     for override in sorted(map(_quoted, overrides), key=lambda o: not _chooses_group(o)):
         problems += _laid_onto(tree, override)
     config, found = parse(record, tree)
@@ -254,13 +260,13 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     return []
 
 
-def _filled(saved: Tree, composed: Tree) -> Tree:
+def filled(saved: Tree, composed: Tree) -> Tree:
     """What was saved, and below it what it lacks of the composed tree; of another kind (of data, of a schedule) it lacks nothing."""
     if saved.get("kind") != composed.get("kind"):
         return saved
     both = {**composed, **saved}
     return {
-        key: _filled(value, composed[key]) if isinstance(value, dict) and isinstance(composed.get(key), dict) else value
+        key: filled(value, composed[key]) if isinstance(value, dict) and isinstance(composed.get(key), dict) else value
         for key, value in both.items()
     }
 
@@ -314,7 +320,10 @@ def _override_wording(override: str, error: Exception, chosen: list[str]) -> str
         return f"{override.removeprefix('++')}: not an override; write key=value (quote values with spaces or commas)"
     if _chooses_group(override):
         folder = config_folder() / parsed.key_or_group
-        options = sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))
+        nested = Path(str(parsed.value())).parent  # finetune, of recipe=finetune/imagenet
+        files = [*folder.glob("*.yaml"), *(folder.glob(f"{nested}/*.yaml") if nested.name else [])]
+        names = [file.relative_to(folder).with_suffix("") for file in files if not file.stem.startswith("_")]
+        options = sorted(map(str, names))
         return f"{override}: {NO_FILE}{parsed.key_or_group}; use one of {', '.join(options)}"
     told = f"{error}\n{error.__cause__}"
     if "not in struct" in told or "Could not override" in told:

@@ -3,20 +3,22 @@
 Read this file first, then loop.py, then model/moe.py.
 """
 
+import gc
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 
+from softmoe_train.at_end import child_of, is_complete, measured, tell_results
 from softmoe_train.checkpoint import CheckpointError
-from softmoe_train.checkpoint.audit import Audit
 from softmoe_train.checkpoint.folder import step_of
 from softmoe_train.checkpoint.remote import url_of
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
-from softmoe_train.config import ConfigError, save_yaml
+from softmoe_train.config import ConfigError
 from softmoe_train.data import (
     Cursor,
     ImageStream,
@@ -27,7 +29,7 @@ from softmoe_train.data import (
 )
 from softmoe_train.dist import World, control_group, gather_over_world, gather_texts, pick_device, process_group
 from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
-from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
+from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine, forget_groups
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.evals.settings import upstream_sets
@@ -42,34 +44,75 @@ from softmoe_train.launching.worker import HUNG, RESUME
 from softmoe_train.loop import Plan, TrainState, fit
 from softmoe_train.model.records import moe_blocks
 from softmoe_train.model.vit import build_model
-from softmoe_train.observe.log import SilentLog, build_log
-from softmoe_train.observe.run_files import replace_text
+from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.startup import Startup
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.parallel.layout import layout_problems
 from softmoe_train.parallel.topology import Topology
 from softmoe_train.resume import go_back, resume
+from softmoe_train.run_log import log_of, open_log
 from softmoe_train.settings import BROKEN_FILE, RunConfig, TorchEngineConfig, decided
-from softmoe_train.warm.start import ACCOUNT, Warmed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(config: RunConfig, world: World, startup: Startup | None = None) -> str:
-    """Train, or continue what the run folder holds, as one rank of `world`; returns why it ended.
+    """Train, or continue what the run folder holds, then fine-tune as it says, as one rank of `world`; returns why it ended.
 
     `startup` is the clock of a process that does nothing else, and is told at its first step.
     """
-    clock = startup or Startup(None)
     began = time.monotonic()
     device = pick_device(config.device, world.local_rank)
     # The claim comes after the process group: by then every rank has checked that the folder is free.
+    with process_group(world, device), _claimed(config, world) as held:
+        reason = _train(config, world, device, held, startup, began)
+        if reason == "complete" and config.finetune:
+            reason = _fine_tune(config, world, device, held, began)
+    return reason
+
+
+def _fine_tune(config: RunConfig, world: World, device: torch.device, held: Claim | None, began: float) -> str:
+    """The fine-tunings at the end of a run that is complete, each a run of its own; what they come to is told in its records."""
+    for name in config.finetune:
+        gc.collect()  # the weights of the run before
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if isinstance(config.engine, DeepSpeedConfig):
+            forget_groups()
+        child = child_of(config, name, lambda _: [])
+        if gather_texts(["complete"] if world.main and is_complete(child) else []):
+            continue
+        with _claimed(child, world) as held_too:
+            reason = _train(child, world, device, held_too, None, began)
+        if reason != "complete":
+            return reason
+    values = measured(config) if held is not None else {}
+    if values and held is not None:
+        log = open_log(config, held, config.observe, wandb_id=None, step=config.steps, startup=None, taken_back=[])
+        try:
+            tell_results(config, values, log)
+        finally:
+            log.close("complete", failed=False)
+    return "complete"
+
+
+@contextmanager
+def _claimed(config: RunConfig, world: World) -> Iterator[Claim | None]:
+    """Hold the folders of a run, on the rank that writes there."""
+    apart = config.claimed_apart
     with (
-        process_group(world, device),
         claim(config.folder) if world.main else nullcontext() as held,
-        claim(config.claimed_apart) if world.main and config.claimed_apart is not None else nullcontext(),
-        watched(world, minutes=config.hang_limit, folder=config.folder, exit_code=HUNG) as watch,
+        claim(apart) if world.main and apart is not None else nullcontext(),
     ):
+        yield held
+
+
+def _train(
+    config: RunConfig, world: World, device: torch.device, held: Claim | None, startup: Startup | None, began: float
+) -> str:
+    """One run over the process group that is there, from its engine to the end of its log; returns why it ended."""
+    clock = startup or Startup(None)
+    with watched(world, minutes=config.hang_limit, folder=config.folder, exit_code=HUNG) as watch:
         clock.done("process group")
         topology = build_topology(config, world, device)
         engine = build_engine(config, topology, device)
@@ -83,7 +126,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         watch.begin(state)
         resumed = resume(config, state, store, stream)
         clock.done("checkpoint")
-        log = watch.log = _log(config, held, state, resumed=resumed, startup=startup)
+        log = watch.log = log_of(config, held, state, resumed=resumed, startup=startup)
         clock.done("log and W&B")
         log.message(_description(config, engine, topology))
         for told in _left_out(config, world):
@@ -251,55 +294,13 @@ def _roll_back(
     resumed, gone = go_back(data, config, state, store, stream)
     title = f"rolled back from step {given_up_at} to {state.step}"
     log.close(f"rolled back: from step {given_up_at} to {state.step}", failed=False)
-    log = _log(config, held, state, resumed=resumed, startup=None)
+    log = log_of(config, held, state, resumed=resumed, startup=None)
     deleted = f"; {', '.join(path.name for path in gone)} deleted" if gone else ""
     log.alert(
         title,
         f"every step from {data.first_step} to {data.last_step} was bad, so their images, samples {data.begin} to {data.end - 1}, "
         f"are passed over (rollback {len(state.bad_steps.passed_over)} of at most {config.bad_steps.rollbacks}){deleted}",
     )
-    return log
-
-
-def _log(
-    config: RunConfig, held: Claim | None, state: TrainState, *, resumed: Audit | Warmed | None, startup: Startup | None
-) -> SilentLog:
-    tree = config.as_saved()
-
-    def make_folder() -> None:
-        if held is not None:
-            held.take()
-            save_yaml(tree, config.folder / "config.yaml")
-
-    begun = (config.folder / "metrics.jsonl").is_file()
-    observe = config.observe
-    if state.step >= config.steps:  # nothing will be sent
-        observe = observe.model_copy(update={"wandb": observe.wandb.model_copy(update={"mode": "disabled"})})
-    log = build_log(
-        observe,
-        config.folder,
-        name=config.name,
-        run_config=tree,
-        total_steps=config.steps,
-        main=held is not None,
-        wandb_id=state.wandb_id or None,
-        resume_step=state.step,
-        startup=startup,
-        make_folder=make_folder,
-        taken_back=[(data.first_step, data.last_step) for data in state.bad_steps.passed_over],
-    )
-    state.wandb_id = log.wandb_id
-    if not isinstance(resumed, Audit) and begun:
-        begins = "from scratch" if resumed is None else "anew"
-        log.message(f"{config.folder} holds no checkpoint: starting {begins}, what it reported before is dropped")
-    if isinstance(resumed, Audit):
-        log.record("resumed", resumed.line(state.step, config.steps), resumed.facts())
-    elif resumed is not None:
-        if held is not None:
-            replace_text(config.folder / ACCOUNT, json.dumps(resumed.document(), indent=1) + "\n")
-        log.record("warm", resumed.line(), resumed.facts())
-        for difference in resumed.fit.differences:
-            log.warn(f"warm start: {difference}")
     return log
 
 

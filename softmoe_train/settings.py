@@ -18,6 +18,7 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
+from softmoe_train.evals.finetune import FinetuneAtEnd
 from softmoe_train.evals.measures import measures_of
 from softmoe_train.evals.on_sets import feature_problems
 from softmoe_train.evals.settings import EvalsConfig, set_problems
@@ -25,9 +26,11 @@ from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.records import ModelConfig
+from softmoe_train.model.vit import build_model
 from softmoe_train.observe.log import ObserveConfig
 from softmoe_train.optim.average import AverageConfig
 from softmoe_train.optim.build import OptimConfig
+from softmoe_train.optim.groups import frozen_problems
 from softmoe_train.optim.schedule import ScheduleConfig, schedule_problems
 from softmoe_train.parallel.layout import ParallelConfig, chunk_problems, layout_problems, listed
 from softmoe_train.redact import without_secrets
@@ -84,6 +87,7 @@ class RunConfig(Record):
     bad_steps: BadStepsConfig
     observe: ObserveConfig
     evals: EvalsConfig
+    finetune: dict[str, FinetuneAtEnd]  # by name: at the end of the run, in the same processes
 
     @field_validator("name")
     @classmethod
@@ -126,6 +130,14 @@ def _retry_problems(config: RunConfig) -> list[str]:
     ]
 
 
+def _frozen_problems(config: RunConfig) -> list[str]:
+    """Why nothing, or everything, would be frozen."""
+    if not config.optim.frozen:
+        return []
+    names = [name for name, _ in build_model(config.model, torch.float32).named_parameters()]
+    return frozen_problems(config.optim.frozen, names)
+
+
 def check(config: RunConfig, size: int, local_size: int) -> list[str]:
     """Every mistake in the combination of settings for a run on `size` ranks, `local_size` of them on a host.
 
@@ -133,7 +145,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
     """
     problems = compute_problems(config, size, local_size)
     problems += schedule_problems(config.schedule, config.steps)
-    problems += _best_problems(config) + _retry_problems(config)
+    problems += _best_problems(config) + _retry_problems(config) + _frozen_problems(config)
     if config.bad_steps.then == "rollback" and config.checkpoint.keep_last == 1:
         problems.append(
             "bad_steps.then=rollback with checkpoint.keep_last=1: a run that is interrupted in the middle of bad steps would keep no "

@@ -18,6 +18,9 @@ FLOORS = {
     "asked": 4.5,  # what was asked for in so many words
     "changes": 4.4,  # which settings may change under a run
     "settings": 4.5,  # the records that run.py assembles, and what may not be combined
+    "finetune": 4.7,  # what a fine-tuning is composed of, for run.py and its command
+    "at_end": 4.8,  # the fine-tunings at the end of a run
+    "run_log": 4.7,  # how run.py opens the log of a run
     "resume": 4.7,  # from which checkpoint run.py goes on
     "evaluators": 4.6,  # those that the settings ask for, for run.py and evaluate.py
     "run": 5, "worlds": 5,

@@ -141,6 +141,20 @@ def test_a_report_of_its_run_is_made_as_written(
     assert "held-out top-1" in Path(out).read_text()
 
 
+def test_the_lines_about_fine_tuning_run_as_written(
+    again: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(again[0])
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    one, several = lines_of("finetune")
+    assert main(["finetune", *one]) == main(["finetune", *several]) == 0
+    said = capsys.readouterr().out
+    assert "runs/finetune-cifar10-of-again-laptop" in said and "chosen" in said
+    (ends,) = (line for line in commands() if "finetune.pets" in line)
+    assert main(["train", *shlex.split(ends.partition("softmoe train ")[2])]) == 0
+    assert "finetune/pets/top1" in capsys.readouterr().out
+
+
 def test_exported_weights_of_its_run_load_without_this_package(
     again: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

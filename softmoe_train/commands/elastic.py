@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from softmoe_train.at_end import at_end_problems
 from softmoe_train.commands.workers import ranks, start_no_more
 from softmoe_train.config import ConfigError
 from softmoe_train.dist import World
@@ -27,7 +28,7 @@ def check_train(config: RunConfig, world: World | None) -> list[str]:
     """Every mistake in the settings of a run, but those of the number of ranks where that may be made smaller."""
     size, local_size = ranks(world, config)
     if world is None or not is_elastic(config):
-        return check(config, size, local_size)
+        return check(config, size, local_size) + at_end_problems(config, size, local_size)
     # The one before us may be dying still, or be cut off from its launcher and about to find out.
     holder = owner(config.folder)
     if holder is not None:
@@ -36,7 +37,7 @@ def check_train(config: RunConfig, world: World | None) -> list[str]:
                 f"{config.folder} is in use by {holder}: waiting up to {OWNER_SECONDS:.0f} s for it to end", flush=True
             )
         wait_until_free(config.folder, OWNER_SECONDS)
-    return lasting_problems(config, size, local_size)
+    return lasting_problems(config, size, local_size) + at_end_problems(config, size, local_size)
 
 
 def in_legal_world(config: RunConfig, world: World, work: Callable[[World], End]) -> int:

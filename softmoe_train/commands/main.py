@@ -8,6 +8,7 @@ from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.commands.bench import MEASURES, bench
 from softmoe_train.commands.eval import eval_checkpoint
 from softmoe_train.commands.export import export
+from softmoe_train.commands.finetune import choose, finetune
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.plan import compare, plan
@@ -18,6 +19,11 @@ from softmoe_train.config import ConfigError
 
 EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2 run_dir=runs/mine
 `softmoe train recipe=debug` needs no data; `softmoe train --cfg job` prints every key with its value"""
+FINETUNE_EPILOG = """keys: ckpt=FOLDER_OR_FILE (a run: its newest checkpoint; a step; an export), weights=model or average; recipe=finetune/SET and any override of
+a run, but for the model: that is the checkpoint's, with the recipe's image size and number of classes, and a fresh head
+  softmoe finetune ckpt=runs/mine recipe=finetune/imagenet1k data.train=SHARDS data.test=SHARDS
+  softmoe finetune -m ckpt=runs/mine recipe=finetune/pets schedule.peak=0.003,0.01 data.train=SHARDS data.test=SHARDS"""
+
 BENCH_EPILOG = """measures: {measures}
 
 each has keys of its own (conf/bench_*.yaml), all take rounds=, warmup= and out=FILE.json; step, exchange and checkpoint also take those of a run
@@ -80,6 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
                 return eval_checkpoint(options.overrides)
             case "export":
                 return export(options.overrides)
+            case "finetune":
+                several = options.multirun and options.cfg is None
+                return (
+                    choose(options.overrides) if several else finetune(options.overrides, print_only=bool(options.cfg))
+                )
             case "inspect":
                 return inspect(options.overrides)
             case "parity":
@@ -113,7 +124,14 @@ def _parser() -> argparse.ArgumentParser:
 
     measures = "".join(f"\n  {name:<10} {text}" for name, text in MEASURES.items())
     training = verb("train", "pretrain, or continue what the run folder holds", EPILOG)
-    training.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
+    tuning = verb(
+        "finetune", "train the weights of a checkpoint on another set, at another resolution", FINETUNE_EPILOG
+    )
+    tuning.add_argument(
+        "-m", "--multirun", action="store_true", help="every point of a sweep, chosen on held-out images"
+    )
+    for parsed in (training, tuning):
+        parsed.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")
     proof = verb("parity", "prove that this layout computes what one process computes; needs no data", PARITY_EPILOG)
     planning = verb(
         "plan", "what a run costs, before it runs and on any machine: memory, FLOPs, bytes, legality", PLAN_EPILOG
@@ -138,6 +156,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluating = verb("eval", "run evaluators on a checkpoint", EVAL_EPILOG)
     exporting = verb("export", "write a checkpoint's weights as one safetensors file for plain PyTorch", EXPORT_EPILOG)
     reporting = verb("report", "compare runs or a sweep in one HTML file that stands alone", REPORT_EPILOG)
-    for parsed in (training, proof, planning, measuring, evaluating, inspecting, exporting, sharding, reporting):
+    for parsed in (
+        training,
+        tuning,
+        proof,
+        planning,
+        measuring,
+        evaluating,
+        inspecting,
+        exporting,
+        sharding,
+        reporting,
+    ):
         parsed.add_argument("overrides", nargs="*", help="key=value")
     return parser

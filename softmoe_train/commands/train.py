@@ -5,7 +5,9 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from softmoe_train.asked import dense_problems, unread
 from softmoe_train.checkpoint import CheckpointError
@@ -26,29 +28,44 @@ from softmoe_train.report.closing import closing_lines
 from softmoe_train.run import train as train_rank
 from softmoe_train.settings import RunConfig
 
+Composing = Callable[[list[str], Callable[[RunConfig], list[str]]], RunConfig]
 EXIT_SECONDS = 5  # what a worker that gives up its save may need to be gone
+
+
+class Asked(NamedTuple):
+    """What was asked of a verb that trains: its name, how it composes, the overrides."""
+
+    verb: str
+    compose: Composing
+    overrides: list[str]
 
 
 def train(overrides: list[str], *, print_only: bool) -> int:
     """Compose and check the configuration, then train with it; raises ConfigError before anything is started."""
+    return run_training("train", _compose, overrides, print_only=print_only)
+
+
+def run_training(name: str, composed: Composing, overrides: list[str], *, print_only: bool) -> int:
+    """The verb `name` that trains the run which `composed` makes of the overrides and a check; raises ConfigError before anything is started."""
     if print_only:
         if under_a_launcher():
-            return as_worker("train", lambda world: _print(overrides) if world.main else 0)
-        return _print(overrides)
+            return as_worker(name, lambda world: _print(composed, overrides) if world.main else 0)
+        return _print(composed, overrides)
     startup = Startup(launcher_of(os.environ))
     startup.done("imports")
+    asked = Asked(name, composed, overrides)
     verb = Verb(
-        "train",
-        compose=lambda world: compose(
-            RunConfig, overrides, lambda c: check_train(c, world) + dense_problems(c.model, overrides)
-        ),
-        work=lambda config, world: in_legal_world(
-            config, world, lambda legal: _train(config, overrides, legal, startup)
-        ),
+        name,
+        compose=lambda world: composed(overrides, lambda c: check_train(c, world)),
+        work=lambda config, world: in_legal_world(config, world, lambda legal: _train(config, asked, legal, startup)),
         interrupted=_interrupted,
         grace_seconds=lambda config: config.checkpoint.grace + EXIT_SECONDS,
     )
     return run_verb(verb, overrides)
+
+
+def _compose(overrides: list[str], check: Callable[[RunConfig], list[str]]) -> RunConfig:
+    return compose(RunConfig, overrides, lambda c: check(c) + dense_problems(c.model, overrides))
 
 
 def _interrupted(config: RunConfig) -> str:
@@ -62,46 +79,49 @@ def _interrupted(config: RunConfig) -> str:
     return f"interrupted; the same command goes on from step {step_of(complete[-1])} of {config.folder}"
 
 
-def _train(config: RunConfig, overrides: list[str], world: World, startup: Startup) -> End:
+def _train(config: RunConfig, asked: Asked, world: World, startup: Startup) -> End:
     startup.done("settings")
-    for told in unread(config.model, overrides) if world.main else ():
-        print(f"softmoe train: {told}", file=sys.stderr, flush=True)
+    for told in unread(config.model, asked.overrides) if world.main else ():
+        print(f"softmoe {asked.verb}: {told}", file=sys.stderr, flush=True)
     try:
         reason = train_rank(config, world, startup)
     except (CheckpointError, BadStepsError, TooManyBrokenError) as error:
         if world.main:  # these are the same on every rank, and say all there is to say
-            print(f"softmoe train: {error}", file=sys.stderr, flush=True)
+            print(f"softmoe {asked.verb}: {error}", file=sys.stderr, flush=True)
         return End(TOLD_CODES[1], for_good=True)
     except (ShardsError, UselessShardsError) as error:
         if world.size > 1:  # others wait for this rank, and end by what its launcher sees
             raise
-        print(f"softmoe train: {error}", file=sys.stderr, flush=True)
+        print(f"softmoe {asked.verb}: {error}", file=sys.stderr, flush=True)
         return End(TOLD_CODES[1], for_good=isinstance(error, UselessShardsError))
     if world.main:
-        print(closing(config, reason, overrides, world), flush=True)
+        print(closing(config, reason, asked, world), flush=True)
     # After a signal torchrun is ending by itself, or has nodes to take in and starts again.
     return End(RESUME if reason.startswith("interrupted") else 0, for_good=reason == TIME_IS_UP)
 
 
-def _print(overrides: list[str]) -> int:
+def _print(composed: Composing, overrides: list[str]) -> int:
     """The configuration as it composes, whether or not this machine could run it."""
-    print(as_yaml(compose(RunConfig, overrides, lambda _: [])), end="")
+    print(as_yaml(composed(overrides, lambda _: [])), end="")
     return 0
 
 
-def closing(config: RunConfig, reason: str, overrides: list[str], world: World) -> str:
+def closing(config: RunConfig, reason: str, asked: Asked, world: World) -> str:
     """What a person wants to know at the end: how good, where, and how to go on."""
     try:
         summary = json.loads((config.folder / "summary.json").read_text())
     except (OSError, ValueError):  # the disk of the run folder has failed, and that was told
         summary = {"steps": "?", "images_seen": "?"}
-    again = [o for o in overrides if not o.startswith(("stop_after=", "processes="))]
-    if world.size != compose(RunConfig, again, lambda _: []).processes:
+    again = [o for o in asked.overrides if not o.startswith(("stop_after=", "processes="))]
+    if world.size != asked.compose(again, lambda _: []).processes:
         again.append(f"processes={world.size}")
     hint = "" if world.size == world.local_size else "   (under the same launcher)"
     lines = [f"{reason} at step {summary['steps']} of {config.steps}, {summary['images_seen']} images seen"]
     lines += closing_lines(config.folder)
-    lines += [f"run folder      {config.folder}", f"to resume       {_program()} train {shlex.join(again)}{hint}"]
+    lines += [
+        f"run folder      {config.folder}",
+        f"to resume       {_program()} {asked.verb} {shlex.join(again)}{hint}",
+    ]
     return "\n".join(lines)
 
 

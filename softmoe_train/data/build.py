@@ -1,5 +1,7 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,7 @@ from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.places import check_places, names_url
 from softmoe_train.data.pool import Pool
 from softmoe_train.data.read import SampleReader
-from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
+from softmoe_train.data.records import DataConfig, Part, SyntheticConfig, TransformConfig, WebDatasetConfig
 from softmoe_train.data.remote import Remote, check_cache
 from softmoe_train.data.select import build_rules
 from softmoe_train.data.sources import NamedSpec, Source, build_training, check_mixture, indexed, training_specs
@@ -39,11 +41,13 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool, ne
             keys = {**dict.fromkeys(catalog.paths(spec, key=key), key), **keys}
         except ValueError as error:
             problems.append(told(key, error))
-    rules = build_rules(cfg)
+    held: list[Part] = ["val"] if cfg.holdout is not None else []
+    rules = {of: build_rules(cfg, of) for of in ("train", *held, "test")}
     for path, key in sorted(keys.items())[part::parts]:
         try:
             for shard in catalog.shards([path], fresh=True):
-                rules.choose(shard, catalog)
+                for of in ("test",) if key == "data.test" else ("train", *held):
+                    rules[of].choose(shard, catalog)
         except ValueError as error:
             problems.append(told(key, error))
     return problems
@@ -92,17 +96,28 @@ def build_stream(
 
 
 def build_eval_stream(
-    cfg: DataConfig, *, image_size: int, num_classes: int, seed: int, batch_size: int, rank: int, world: int
+    cfg: DataConfig,
+    *,
+    image_size: int,
+    num_classes: int,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    part: Literal["val", "test"] = "test",
 ) -> EvalStream | SyntheticEvalStream:
-    """One pass of `rank` over the held-out set in batches of `batch_size` rows; may be iterated again and again."""
+    """One pass of `rank` over a held-out part in batches of `batch_size` rows; may be iterated again and again."""
     match cfg:
         case SyntheticConfig():
-            pictures = SyntheticPictures(cfg, image_size, num_classes, seed, "test")
-            return SyntheticEvalStream(pictures, batch_size=batch_size, rank=rank, world=world)
+            pictures = SyntheticPictures(cfg, image_size, num_classes, seed, part)
+            num_images = cfg.num_test if part == "test" else max(1, round((cfg.holdout or 0) * cfg.num_train))
+            return SyntheticEvalStream(pictures, num_images, batch_size=batch_size, rank=rank, world=world)
         case WebDatasetConfig():
             _check_transform(cfg.test_transform, image_size, "data.test_transform")
             catalog = Catalog(Remote(cfg.cache))
-            source = indexed(NamedSpec("data.test", cfg.test), build_rules(cfg), catalog)
+            specs = training_specs(cfg) if part == "val" else [NamedSpec("data.test", cfg.test)]
+            sources = [indexed(spec, build_rules(cfg, part), catalog) for spec in specs]
+            source = Source([s for one in sources for s in one.shards], [c for one in sources for c in one.chosen])
             reader = _reader(cfg, catalog, source, num_classes)
             return _one_pass(
                 cfg, reader, image_size=image_size, seed=seed, batch_size=batch_size, rank=rank, world=world

@@ -10,7 +10,9 @@ from softmoe_train.config import Record
 
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Proportion = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Part = Literal["train", "val", "test"]  # trained on, held out of data.train, data.test
 ShardSpec = str | list[str]
 LabelKind = Literal["hard", "multi_hot", "none"]
 
@@ -158,6 +160,7 @@ class WebDatasetConfig(Record):
     labels: LabelKind
     text: str | None  # txt, or json:FIELD.SUBFIELD
     keep: KeepConfig
+    holdout: Proportion | None  # of the training samples, chosen by their keys: not trained on
     quarantine: str | None  # a file of samples that are never read
     train_transform: TransformConfig
     test_transform: TransformConfig
@@ -205,6 +208,7 @@ class SyntheticConfig(Record):
     labels: Literal["hard", "multi_hot"]
     num_train: PositiveInt
     num_test: PositiveInt
+    holdout: Proportion | None  # adds held-out pictures, this share of num_train
     noise: Annotated[float, Field(ge=0)]  # standard deviation in gray levels
     mixup: Positive | None  # p of Beta(p, p); above 0
 

@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.decode import NotAsIndexedError, UnreadableSampleError
 from softmoe_train.data.index import Shard, index_folder, write_index
+from softmoe_train.data.keyed import place_number
 from softmoe_train.data.labels import Labels, classes_hash, kept_numbers, read_classes
 from softmoe_train.data.places import ShardsError
 from softmoe_train.data.quarantine import read_quarantine
 from softmoe_train.data.read import SampleReader
-from softmoe_train.data.records import WebDatasetConfig, path_of
+from softmoe_train.data.records import Part, WebDatasetConfig, path_of
 from softmoe_train.plain import plain
 
 _FORMAT = 1  # part of a cache file's name: raise it when what is kept changes
@@ -55,14 +56,17 @@ class Rules:
     names: str | None  # a hash of the class names
     keys: str | None
     listed: dict[str, frozenset[str]]  # keys in quarantine by the hash of their shard
+    holdout: float | None  # the share of keys that is held out, where that decides
+    held_out: bool  # whether that share is what is read, or the rest
 
     def choose(self, shard: Shard, catalog: Catalog) -> Chosen:
         """What remains of `shard`: from the cache, or else worked out now and cached."""
         listed = self.listed.get(shard.sha256, frozenset())
-        if self.labels is None and self.keys is None and not listed:
+        if self.labels is None and self.keys is None and not listed and self.holdout is None:
             return Chosen(None, {}, 0, [])
         how = None if self.labels is None else [self.labels.kind, self.labels.field, self.names, sorted(self.wanted)]
-        name = json.dumps([_FORMAT, shard.sha256, shard.count, how, self.keys, sorted(listed)])
+        held = [] if self.holdout is None else [[self.holdout, self.held_out]]
+        name = json.dumps([_FORMAT, shard.sha256, shard.count, how, self.keys, sorted(listed), *held])
         cached = index_folder() / f"kept-{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
         try:
             return _read(cached)
@@ -89,6 +93,8 @@ class Rules:
         pattern = None if self.keys is None else re.compile(self.keys)
         quarantined = [key for key in keys if key in listed]
         keep = np.asarray([key not in listed and (pattern is None or bool(pattern.search(key))) for key in keys], bool)
+        if self.holdout is not None:
+            keep &= np.asarray([is_held_out(key, self.holdout) == self.held_out for key in keys], bool)
         counts: Counter[int] = Counter()
         unlabelled = 0
         if self.labels is not None:
@@ -114,8 +120,13 @@ class Rules:
         return Chosen(np.flatnonzero(keep).astype(np.int64), dict(sorted(counts.items())), unlabelled, quarantined)
 
 
-def build_rules(cfg: WebDatasetConfig) -> Rules:
-    """What the configuration says is read; raises ValueError where a file that it names is not what it should be."""
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a training sample belongs to the held-out `share`: a matter of its key alone, and so of no order, seed or shard."""
+    return int(place_number(f"held out {key}")) < share * 2.0**64
+
+
+def build_rules(cfg: WebDatasetConfig, part: Part = "train") -> Rules:
+    """What the configuration says is read of a part; raises ValueError where a file that it names is not what it should be."""
     names = None if cfg.classes is None else read_classes(cfg.classes)
     numbered = None if names is None else {name: n for n, name in enumerate(names)}
     wanted = kept_numbers(cfg, numbered)
@@ -131,6 +142,8 @@ def build_rules(cfg: WebDatasetConfig) -> Rules:
         None if names is None else classes_hash(names),
         cfg.keep.keys,
         {sha256: frozenset(keys) for sha256, keys in listed.items()},
+        None if part == "test" else cfg.holdout,
+        part == "val",
     )
 
 
@@ -143,7 +156,7 @@ def nothing_left(key: str, spec: object, shards: list[Shard], chosen: Iterable[C
     more = f" and {len(labels) - _SHOWN} other labels" if len(labels) > _SHOWN else ""
     counts = f"; by label there are {there}{more}" if labels else ""
     return (
-        f"data.keep and data.quarantine leave none of the {sum(shard.count for shard in shards)} samples of {key}={spec}{counts}; "
+        f"data.keep, data.holdout and data.quarantine leave none of the {sum(shard.count for shard in shards)} samples of {key}={spec}{counts}; "
         f"keep labels and keys that are there."
     )
 
@@ -153,6 +166,8 @@ def kept_facts(cfg: WebDatasetConfig, shards: list[Shard], chosen: list[Chosen])
     facts: dict[str, object] = {}
     if cfg.keep.labels is not None or cfg.keep.keys is not None:
         facts["keep"] = cfg.keep.model_dump()
+    if cfg.holdout is not None:
+        facts["holdout"] = cfg.holdout
     gone = sorted([shard.sha256, key] for shard, one in zip(shards, chosen, strict=True) for key in one.quarantined)
     if gone:
         facts["quarantine"] = hashlib.sha256(json.dumps(gone).encode()).hexdigest()
@@ -161,7 +176,7 @@ def kept_facts(cfg: WebDatasetConfig, shards: list[Shard], chosen: list[Chosen])
 
 def told_of_keep(cfg: WebDatasetConfig, shards: list[Shard], chosen: list[Chosen]) -> list[str]:
     """What data.keep and data.quarantine leave of these shards, where they are set."""
-    if cfg.keep.labels is None and cfg.keep.keys is None and cfg.quarantine is None:
+    if cfg.keep.labels is None and cfg.keep.keys is None and cfg.quarantine is None and cfg.holdout is None:
         return []
     left = sum(one.count(shard) for shard, one in zip(shards, chosen, strict=True))
     unlabelled = sum(one.unlabelled for one in chosen)

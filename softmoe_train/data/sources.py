@@ -7,6 +7,7 @@ from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.index import Shard, data_hash
 from softmoe_train.data.mixture import MOST_PLACES, Mixture, reduced, source_seed
 from softmoe_train.data.order import Order
+from softmoe_train.data.places import is_url
 from softmoe_train.data.records import ShardSpec, WebDatasetConfig
 from softmoe_train.data.remote import Remote
 from softmoe_train.data.select import (
@@ -108,6 +109,20 @@ def indexed(named: NamedSpec, rules: Rules, catalog: Catalog) -> Source:
     return Source(shards, chosen)
 
 
+def trained_and_tested(cfg: WebDatasetConfig) -> list[str]:
+    """The tars on this machine that are both trained on and tested with, whatever they are called; none where the shards cannot be listed."""
+    catalog = Catalog(Remote(cfg.cache))
+    try:
+        named = {
+            key: catalog.paths(spec, key=key) for key, spec in [*training_specs(cfg), NamedSpec("data.test", cfg.test)]
+        }
+    except ValueError:  # told by others
+        return []
+    tested = {os.path.realpath(path) for path in named.pop("data.test") if not is_url(path)}
+    trained = {os.path.realpath(path) for paths in named.values() for path in paths if not is_url(path)}
+    return sorted(tested & trained)
+
+
 def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
     """What a person wants to know of samples that are left out, and of tars that are both trained on and held out, a message each.
 
@@ -115,7 +130,8 @@ def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
     """
     rules, catalog = build_rules(cfg), Catalog(Remote(cfg.cache))
     specs = [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
-    sources = [indexed(spec, rules, catalog) for spec in specs]
+    sources = [indexed(spec, rules, catalog) for spec in specs[: len(specs) - needs_test]]
+    sources += [indexed(spec, build_rules(cfg, "test"), catalog) for spec in specs[len(sources) :]]
     told = [
         f"{key}: {text}" for (key, _), source in zip(specs, sources, strict=True) for text in told_of_keep(cfg, *source)
     ]

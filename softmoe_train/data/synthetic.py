@@ -102,9 +102,9 @@ class SyntheticStream:
 class SyntheticEvalStream:
     """One pass over the synthetic held-out images: each exactly once over all ranks, padded to equal batches."""
 
-    def __init__(self, pictures: SyntheticPictures, *, batch_size: int, rank: int, world: int) -> None:
+    def __init__(self, pictures: SyntheticPictures, num_images: int, *, batch_size: int, rank: int, world: int) -> None:
         self._pictures, self._batch_size, self._rank, self._world = pictures, batch_size, rank, world
-        self.num_images = pictures.cfg.num_test
+        self.num_images = num_images
 
     def __len__(self) -> int:
         return (self.num_images - 1) // (self._batch_size * self._world) + 1

@@ -28,7 +28,7 @@ from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import Predictions, ViT
 from softmoe_train.optim.average import AverageConfig, WeightAverage
-from softmoe_train.optim.build import OptimConfig, elementwise_optimizer, start_state, state_keys
+from softmoe_train.optim.build import OptimConfig, elementwise_optimizer, freeze_, set_rate, start_state, state_keys
 from softmoe_train.parallel.compile import compile_blocks
 from softmoe_train.parallel.exchange import build_exchange
 from softmoe_train.parallel.experts import shard_experts
@@ -92,8 +92,7 @@ class DeepSpeedEngine:
         skipped = (~norm.isfinite()).float()
         clip_(parts, norm, self.clip_norm)
         optimizer = self.wrapped.basic_optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, lr)
         optimizer.found_inf = skipped  # what GradScaler sets
         if moves:
             self.moves.before()
@@ -135,7 +134,8 @@ class DeepSpeedEngine:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take over what was read into the tensors of `state_dict()`: cut the moments, renew ZeRO's copies of the weights."""
         keys = state_keys(self.optim)
-        self.held.load({key: {name: tensors[f"optimizer.{key}.{name}"] for name in self.local} for key in keys})
+        trained = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        self.held.load({key: {name: tensors[f"optimizer.{key}.{name}"] for name in trained} for key in keys})
         if self.optim.kind != "sgd":
             for step in self.held.steps():
                 step.copy_(tensors["optimizer.updates"][0])
@@ -166,10 +166,12 @@ def build_deepspeed_engine(
     layouts = {name: p.detach() for name, p in model.named_parameters() if isinstance(p, DTensor)}
     materialise(model, device, seed)
     _make_local(model, layouts)
+    freeze_(model, decided.optim)
     parameters = dict(model.named_parameters())
     optimizer = elementwise_optimizer(decided.optim, parameters)
     expert_group = f"ep_size_{topology.ep.size()}"
     _mark_experts(optimizer, [parameters[name] for name in layouts], expert_group)
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     with _quiet_deepspeed(device) as deepspeed:
         whole = _with_experts(deepspeed, model, topology, expert_group) if layouts else model
         wrapped, *_ = deepspeed.initialize(

@@ -18,7 +18,7 @@ from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.model.loss import LossKind
 from softmoe_train.model.vit import ViT
 from softmoe_train.optim.average import AverageConfig, WeightAverage
-from softmoe_train.optim.build import OptimConfig, build_optimizer, state_layout
+from softmoe_train.optim.build import OptimConfig, build_optimizer, freeze_, set_rate, state_layout
 from softmoe_train.parallel.compile import compile_blocks
 from softmoe_train.parallel.dim_sums import DimSums, laid_out_without
 from softmoe_train.parallel.exchange import build_exchange
@@ -54,9 +54,10 @@ class TorchEngine:
         self.objective = Objective(module.config, loss, global_batch, seed, self.device)
         self.parameters = dict(module.named_parameters())
         self.local = {name: local_values(p) for name, p in self.parameters.items()}
-        self.reducer = GradReducer(self.parameters.values(), topology)
+        self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self.reducer = GradReducer(self.trained.values(), topology)
         self.moves = ExpertMoves(self.parameters, topology.size)
-        self.copies = copies_of(list(self.parameters.values()), topology.size)
+        self.copies = copies_of(list(self.trained.values()), topology.size)
         shapes = {name: p.shape for name, p in self.parameters.items()}
         self.optimizer = build_optimizer(optim, self.local, shapes, DimSums(self.parameters))
         self.average = WeightAverage(average, self.local) if average is not None else None
@@ -78,10 +79,10 @@ class TorchEngine:
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the global batch by name, laid out as their parameters, and not yet clipped."""
-        missing = [name for name, p in self.parameters.items() if p.grad is None]
+        missing = [name for name, p in self.trained.items() if p.grad is None]
         assert not missing, f"no gradient for {', '.join(missing)}"
         self.reducer.finish()
-        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return {name: p.grad for name, p in self.trained.items() if p.grad is not None}
 
     @torch.no_grad()
     def update(self, lr: float, *, moves: bool = False) -> GradStats:
@@ -89,11 +90,11 @@ class TorchEngine:
         gradients = self.gradients()
         norm = grad_norm(list(gradients.values()), self.copies, self.objective.minimised)
         skipped = (~norm.isfinite()).float()
-        for name, local in self._bound().items():
-            local.grad = local_values(gradients[name])
+        local = self._bound()
+        for name, gradient in gradients.items():
+            local[name].grad = local_values(gradient)
         clip_([local.grad for local in self.local.values() if local.grad is not None], norm, self.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue] (what GradScaler sets)
         if moves:
             self.moves.before()
@@ -121,7 +122,7 @@ class TorchEngine:
     def state_dict(self) -> dict[str, Tensor]:
         """`model.<name>`, `optimizer.<key>.<name>`, `optimizer.updates`, and the same of `average`, each with its global shape."""
         tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
+        for name, p in self.trained.items():
             state = self.optimizer.state[self.local[name]]
             for key, lacks in state_layout(self.optim, name, p.shape).items():
                 placed = laid_out_as(state[key], p) if lacks is None else laid_out_without(state[key], p, lacks)
@@ -158,7 +159,7 @@ class TorchEngine:
                 unit.reshard()
 
     def _steps(self) -> list[Tensor]:
-        return [self.optimizer.state[local]["step"] for local in self.local.values()]
+        return [self.optimizer.state[local]["step"] for local in map(self.local.__getitem__, self.trained)]
 
 
 def build_torch_engine(
@@ -184,4 +185,5 @@ def build_torch_engine(
     if topology.dense is not None:
         shard_fully(model, topology, model.dtype, prefetch=parallel.prefetch)
     materialise(model, device, seed)
+    freeze_(model, optim)
     return TorchEngine(model, optim, average, parallel, topology, loss, global_batch, seed)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from softmoe_train.evals.on_sets import feature_measures
 from softmoe_train.evals.settings import EvalsConfig
+from softmoe_train.evals.upstream import MEASURES
 
 
 class Measure(NamedTuple):
@@ -19,6 +20,8 @@ def measures_of(evals: EvalsConfig, num_classes: int, *, averaged: bool) -> dict
     if evals.upstream is not None:
         names = evals.upstream.measures(num_classes)
         found |= {f"upstream/{name}": Measure("upstream", evals.upstream.every) for name in names}
+    if evals.finetune is not None:
+        found |= {f"finetune/val/{name}": Measure("finetune", evals.finetune.every) for name in MEASURES}
     for source, names in feature_measures(evals.on_sets).items():
         found |= {f"{source}/{name}": Measure(source, evals.on_sets[source].every) for name in names}
     if averaged:

@@ -51,7 +51,7 @@ class SetsConfig(Record):
 
 # What a set's data has no use for, as a WebDatasetConfig must say it.
 _UNUSED: dict[str, Any] = {
-    "kind": "webdataset", "mixture": None, "streams": 1, "shuffle_window": 1, "block": 1, "labels": "hard", "text": None,
+    "kind": "webdataset", "mixture": None, "streams": 1, "shuffle_window": 1, "block": 1, "labels": "hard", "text": None, "holdout": None,
     "train_transform": {"kind": "resize", "resize": None, "antialias": True}, "randaugment": None, "mixup": None,
     "scaled_decode": False, "max_broken_fraction": None,
 }  # fmt: skip

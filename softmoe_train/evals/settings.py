@@ -1,8 +1,16 @@
 """This file owns the settings of a run's evaluators: which there are, what they read, and what they measure."""
 
 from softmoe_train.config import ConfigError, Record, parse
-from softmoe_train.data import DataConfig, SyntheticConfig, WebDatasetConfig, check_evaluated, check_labels
+from softmoe_train.data import (
+    DataConfig,
+    SyntheticConfig,
+    WebDatasetConfig,
+    check_evaluated,
+    check_labels,
+    trained_and_tested,
+)
 from softmoe_train.evals.fewshot import FewshotConfig
+from softmoe_train.evals.finetune import FinetuneEvalConfig
 from softmoe_train.evals.knn import KnnConfig
 from softmoe_train.evals.on_sets import feature_configs
 from softmoe_train.evals.probe import ProbeConfig
@@ -16,6 +24,7 @@ class EvalsConfig(Record):
     """The evaluators of a run; null leaves one out."""
 
     upstream: UpstreamConfig | None
+    finetune: FinetuneEvalConfig | None
     fewshot: FewshotConfig | None
     knn: KnnConfig | None
     probe: ProbeConfig | None
@@ -29,7 +38,8 @@ class EvalsConfig(Record):
     @property
     def reads_test(self) -> bool:
         """Whether any of them reads `data.test`."""
-        return self.upstream is not None or self.routing is not None
+        tuned = self.finetune is not None and self.finetune.test
+        return self.upstream is not None or self.routing is not None or tuned
 
 
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:
@@ -59,9 +69,28 @@ def set_problems(evals: EvalsConfig, data: DataConfig, model: ModelConfig) -> li
         others = {name: other for name, other in upstream_sets(evals, data).items() if name != "test"}
     except ConfigError as error:
         return error.problems
-    problems = []
+    problems = _finetune_problems(evals, data)
     for name, other in others.items():
         found = check_evaluated(other, image_size=model.image_size)
         found += check_labels(other, model.num_classes) if isinstance(other, WebDatasetConfig) else []
         problems += [problem.replace("data.", f"evals.upstream.sets.{name}.") for problem in found]
     return problems
+
+
+def _finetune_problems(evals: EvalsConfig, data: DataConfig) -> list[str]:
+    """Why a fine-tuning would be measured by nothing, or by what it was trained on."""
+    if evals.finetune is None or isinstance(data, SyntheticConfig):
+        return []
+    if not evals.finetune.test:
+        return [
+            "evals.finetune.test=false with data.holdout=null: it would measure nothing; hold out a share of the training images, as "
+            "data.holdout=0.02"
+        ] * (data.holdout is None)
+    both = trained_and_tested(data)
+    if not both:
+        return []
+    more = f" and {len(both) - 3} more" if len(both) > 3 else ""
+    return [
+        f"data.test: {', '.join(both[:3])}{more} is trained on too, and no test of a fine-tuning; name the parts apart, as "
+        f"data.train='FOLDER/train-*.tar' data.test='FOLDER/test-*.tar'"
+    ]

@@ -43,6 +43,9 @@ class SilentLog:
     def report(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Take a report."""
 
+    def report_late(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Take a report of a step that was told before."""
+
     def show(self, step: int, figures: Mapping[str, Figure]) -> None:
         """Take figures, by the name of what they show."""
 
@@ -115,6 +118,13 @@ class RunLog(SilentLog):
         self._console.report(step, values)
         if self._wandb_run is not None:
             self._wandb_run.send(step, images_seen, values)
+
+    def report_late(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Write what became known of a step after W&B had its row: there it is a row of its own, of the same `step`."""
+        self._metrics.append(step, images_seen, dict(metrics))
+        self._write(ended=None)
+        if self._wandb_run is not None:
+            self._wandb_run.send_late(step, images_seen, metrics)
 
     def show(self, step: int, figures: Mapping[str, Figure]) -> None:
         """Keep each picture as pictures/NAME/step_STEP.png of the run folder; W&B gets both kinds."""

@@ -53,6 +53,14 @@ class WandbRun:
             self._flush()
         self._row |= {"step": step, "images_seen": images_seen, **metrics}
 
+    def send_late(self, step: int, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Take what became known of a step after its row had left, as a row above all others."""
+        self._flush()
+        above = max(self._has_through, self._rows.number(step)) + 1
+        if self._run is not None:
+            row = {"step": step, "images_seen": images_seen, **metrics}
+            self._attempt(lambda run: run.log(row, step=above, commit=True))
+
     def show(self, step: int, figures: Mapping[str, Figure]) -> None:
         """Take figures of a step; they share the row of its reports."""
         if self._run is not None and self._rows.number(step) > self._has_through:

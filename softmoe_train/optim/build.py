@@ -5,13 +5,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from softmoe_train.config import Record
 from softmoe_train.optim.adafactor import Adafactor, AdafactorRule, AddUp, state_dims
-from softmoe_train.optim.groups import DecayConfig, decay_groups
+from softmoe_train.optim.groups import DecayConfig, decay_groups, is_frozen, rate_factors
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+_FACTOR = "factor"  # of an optimizer's group: what its rate is multiplied by
 
 
 class OptimConfig(Record):
@@ -29,6 +30,8 @@ class OptimConfig(Record):
     momentum: Beta | None
     clip_norm: Annotated[float, Field(gt=0)] | None
     decay: DecayConfig
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None  # of the rate, by each layer below the head
+    frozen: list[str]  # patterns (*, ?) of parameters that are not trained: no gradient, no state, no decay
 
     @model_validator(mode="after")
     def _fits(self) -> "OptimConfig":
@@ -66,7 +69,8 @@ def build_optimizer(
     All kinds honour `optimizer.found_inf`, which makes an update a no-op on the device. `add_up` is for dims cut over ranks.
     """
     if not is_elementwise(config):
-        return Adafactor(_groups(config, parameters), parameters, shapes, _rule(config), add_up)
+        trained = {name: p for name, p in parameters.items() if not is_frozen(name, config.frozen)}
+        return Adafactor(_groups(config, parameters), trained, shapes, _rule(config), add_up)
     optimizer = elementwise_optimizer(config, parameters)
     start_state(config, optimizer)
     return optimizer
@@ -99,6 +103,18 @@ def start_state(config: OptimConfig, optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Have the next update use the rate `lr`, or the part of it that a group has."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group[_FACTOR]
+
+
+def freeze_(model: nn.Module, config: OptimConfig) -> None:
+    """Have no gradient computed for what is frozen."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(not is_frozen(name, config.frozen))
+
+
 def state_keys(config: OptimConfig) -> list[str]:
     """The state tensors that an elementwise kind keeps per parameter, each of the parameter's shape."""
     assert is_elementwise(config), config.kind
@@ -109,17 +125,22 @@ def state_keys(config: OptimConfig) -> list[str]:
 
 def state_layout(config: OptimConfig, name: str, shape: Sequence[int]) -> dict[str, int | None]:
     """The state kept for a parameter of global `shape`: by key, the dim of the parameter that it lacks, None where none."""
+    if is_frozen(name, config.frozen):
+        return {}
     if is_elementwise(config):
         return dict.fromkeys(state_keys(config))
     return state_dims(name, shape, _rule(config))
 
 
 def _groups(config: OptimConfig, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    return [
-        {"params": [parameters[name] for name in names], "weight_decay": getattr(config.decay, kind, 0.0)}
-        for kind, names in decay_groups(parameters).items()
-        if names
-    ]
+    groups: list[dict[str, Any]] = []
+    factors = rate_factors(parameters, config.layer_decay)
+    for kind, names in decay_groups(parameters).items():
+        trained = [name for name in names if not is_frozen(name, config.frozen)]
+        for factor in sorted({factors[name] for name in trained}):
+            members = [parameters[name] for name in trained if factors[name] == factor]
+            groups.append({"params": members, "weight_decay": getattr(config.decay, kind, 0.0), _FACTOR: factor})
+    return groups
 
 
 def _rule(config: OptimConfig) -> AdafactorRule:

@@ -1,7 +1,8 @@
-"""This file owns what a parameter's name says to an optimizer: whether it decays, by how much, and which dim counts experts."""
+"""This file owns what a parameter's name says to an optimizer: whether it is trained, how fast, whether it decays, and which dim counts experts."""
 
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Annotated
 
 from pydantic import Field
@@ -47,6 +48,43 @@ def decay_groups(names: Iterable[str]) -> dict[str, list[str]]:
     if unknown:
         raise ValueError(f"no weight-decay rule for: {', '.join(unknown)}; add one to optim/groups.py")
     return groups
+
+
+def rate_factors(names: Iterable[str], layer_decay: float | None) -> dict[str, float]:
+    """By parameter, what multiplies its learning rate: layer_decay^(depth + 1 - layer), as BEiT and MAE fine-tune.
+
+    Patches and positions are layer 0, block i with its router and experts is layer i + 1, the last norm and the head are depth + 1.
+    """
+    layers = {name: _layer(name) for name in names}
+    last = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
+    if layer_decay is None:
+        return dict.fromkeys(layers, 1.0)
+    return {name: layer_decay ** (0 if layer is None else last - layer) for name, layer in layers.items()}
+
+
+def _layer(name: str) -> int | None:
+    """0 below the blocks, i + 1 for block i, None above them."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block is not None:
+        return int(block[1]) + 1
+    return 0 if re.fullmatch(r"position|patch_embed\..+", name) else None
+
+
+def is_frozen(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter stays as it is: one of the patterns (*, ?) is for its whole name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def frozen_problems(patterns: list[str], names: list[str]) -> list[str]:
+    """Why these patterns are none for a model with parameters of these names."""
+    problems = [
+        f"optim.frozen: no parameter is named {pattern}; they are named as {', '.join(names[:3])}, {names[-1]} (`softmoe inspect` lists them)"
+        for pattern in patterns
+        if not any(is_frozen(name, [pattern]) for name in names)
+    ]
+    if names and all(is_frozen(name, patterns) for name in names):
+        problems.append(f"optim.frozen={patterns} leaves no parameter to train; leave some of them out")
+    return problems
 
 
 def expert_dim(name: str) -> int | None:

@@ -225,7 +225,8 @@ class _Proof:
     ) -> tuple[dict[str, Moved], dict[str, Moved], dict[str, Tensor | Moved]]:
         """The reference's update, of the weights, of their average and of the optimizer, by the names of engines."""
         # The step of Adafactor takes the place of the gradient.
-        gradients = {n: g.clone() for n, g in reference.gradients().items()}
+        gradients = {n: torch.ones_like(t) for n, t in reference.values.items()}  # what is frozen must not move at all
+        gradients |= {n: g.clone() for n, g in reference.gradients().items()}
         before = {n: t.clone() for n, t in self._stepwise(reference).items()}
         reference.update(rate)
         after = self._stepwise(reference)

@@ -15,7 +15,7 @@ from softmoe_train.model.routing import MEASURES
 from softmoe_train.model.sparse import Decisions
 from softmoe_train.model.vit import build_model
 from softmoe_train.optim.adafactor import alone
-from softmoe_train.optim.build import build_optimizer, state_layout
+from softmoe_train.optim.build import build_optimizer, freeze_, set_rate, state_layout
 from softmoe_train.parity.plain_layer import Followed, plain_layer
 from softmoe_train.parity.state import parity_batch, perturb_
 from softmoe_train.run import DTYPES
@@ -47,6 +47,7 @@ class Reference:
             layer = self.model.get_submodule(name)
             assert isinstance(layer, MoE)
             layer.forward = partial(plain_layer, layer, wire, followed)  # pyright: ignore[reportAttributeAccessIssue]
+        freeze_(self.model, config.optim)
         self.parameters = dict(self.model.named_parameters())
         self.values = {name: p.detach() for name, p in self.parameters.items()}  # sharing storage, for the optimizer
         self.updates = 0
@@ -126,8 +127,7 @@ class Reference:
             if limit is not None and norm > limit:
                 gradient.mul_(limit / norm)
             self.values[name].grad = gradient
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.updates += 1
         if self.config.average is not None:

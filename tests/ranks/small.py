@@ -28,8 +28,8 @@ GLOBAL_BATCH = 16
 CLIP = 0.05  # far below the norm of the small model, so that the clip matters
 LR = 10.0  # large, so that every weight moves far beyond its own rounding
 DECAY = DecayConfig(head=0.3, kernels=0.03, router_scale=0.03)
-UNUSED = dict.fromkeys(["beta1", "beta2", "beta2_decay", "eps", "min_dim_to_factor", "momentum"])
-SGD = OptimConfig(**{**UNUSED, "kind": "sgd", "momentum": 0.0, "clip_norm": CLIP, "decay": DECAY})
+UNUSED = dict.fromkeys(["beta1", "beta2", "beta2_decay", "eps", "min_dim_to_factor", "momentum", "layer_decay"])
+SGD = OptimConfig(**{**UNUSED, "kind": "sgd", "momentum": 0.0, "clip_norm": CLIP, "decay": DECAY, "frozen": []})
 ADAMW = SGD.model_copy(update={"kind": "adamw", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": None})
 # A threshold that factors the matrices of the small model, and the router's E x S if it forgot that E counts experts.
 ADAFACTOR = ADAMW.model_copy(

@@ -115,6 +115,7 @@ def settings(**changes: object) -> WebDatasetConfig:
         "labels": "hard",
         "text": None,
         "keep": {"labels": None, "keys": None, "renumber": False},
+        "holdout": None,
         "quarantine": None,
         "train_transform": plain,
         "test_transform": plain,

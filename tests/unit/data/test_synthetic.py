@@ -10,7 +10,7 @@ from softmoe_train.data import Batch, Cursor, SyntheticConfig, build_eval_stream
 
 def settings(**changes: object) -> SyntheticConfig:
     sizes = {"streams": 4, "num_train": 24, "num_test": 21}
-    values = {"kind": "synthetic", "labels": "hard", "noise": 40.0, "mixup": None, **sizes}
+    values = {"kind": "synthetic", "labels": "hard", "holdout": None, "noise": 40.0, "mixup": None, **sizes}
     return SyntheticConfig.model_validate({**values, **changes})
 
 

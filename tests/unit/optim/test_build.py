@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from softmoe_train.optim.adafactor import alone
-from softmoe_train.optim.build import OptimConfig, build_optimizer
-from tests.ranks.small import ADAMW, SGD
+from softmoe_train.optim.build import OptimConfig, build_optimizer, set_rate, state_layout
+from tests.ranks.small import ADAFACTOR, ADAMW, SGD
 
 NAMES = ["head.weight", "blocks.0.mlp.fc1.weight", "head.bias"]
 DECAYS = {"head.weight": 0.3, "blocks.0.mlp.fc1.weight": 0.03, "head.bias": 0.0}
@@ -54,3 +54,19 @@ def test_a_bad_gradient_changes_nothing(config: OptimConfig) -> None:
 def test_settings_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match=r"optim\.momentum=null.*optim\.beta1=0\.9"):
         OptimConfig.model_validate({**ADAMW.model_dump(), "kind": "sgd"})
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW, ADAFACTOR], ids=lambda config: config.kind)
+def test_what_is_frozen_has_no_state_and_stays_and_a_layer_has_its_part_of_the_rate(config: OptimConfig) -> None:
+    config = config.model_copy(update={"frozen": ["head.b*"], "layer_decay": 0.5})
+    values = {name: torch.full((4,), 2.0) for name in NAMES}
+    optimizer = build_optimizer(config, values, {name: v.shape for name, v in values.items()}, alone)
+    set_rate(optimizer, 0.01)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01, 0.005}  # head, block 0 of one
+    for name in NAMES[:2]:
+        values[name].grad = torch.ones(4)
+    optimizer.found_inf = torch.tensor(0.0)  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    assert torch.equal(values["head.bias"], torch.full((4,), 2.0)) and values["head.bias"] not in optimizer.state
+    assert state_layout(config, "head.bias", (4,)) == {}
+    assert not any(torch.equal(values[name], torch.full((4,), 2.0)) for name in NAMES[:2])
