@@ -243,12 +243,10 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     else:
         value = parsed.value()
     here: Any = tree
-    is_open = OPEN.match(f"{'.'.join(path)}.") is not None
+    opened = bool(OPEN.match(".".join(path)))
     for part in above:
-        if is_open and isinstance(here, dict) and here.get(part) is None:
-            here[part] = {}
-        here = here.get(part) if isinstance(here, dict) else None
-    if not isinstance(here, dict) or (last not in here and not is_open):
+        here = (here.setdefault(part, {}) if opened else here.get(part)) if isinstance(here, dict) else None
+    if not isinstance(here, dict) or (last not in here and not opened):
         return [_no_such_key(override, ".".join(path), _leaves(tree))]
     here[last] = value
     return []

@@ -6,6 +6,7 @@ from softmoe_train.data import Batch, build_eval_stream
 from softmoe_train.dist import World
 from softmoe_train.evals.averaged import AveragedEvaluator
 from softmoe_train.evals.on_sets import FeatureEvaluator, FeatureSets
+from softmoe_train.evals.settings import upstream_sets
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.loop import Evaluator
 from softmoe_train.observe.log import SilentLog
@@ -21,21 +22,26 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
     """
     evaluators: dict[str, Evaluator] = {}
     if config.evals.upstream is not None:
-        batches = build_eval_stream(
-            config.data,
-            image_size=config.model.image_size,
-            num_classes=config.model.num_classes,
-            seed=config.seed,
-            batch_size=config.evals.upstream.batch_size,
-            rank=world.rank,
-            world=world.size,
-        )
-        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, over(batches), config.loss)
-    sets = FeatureSets(config.evals.on_sets, image_size=config.model.image_size, world=world)
-    evaluators |= sets.evaluators(over)
+        sets = {
+            name: over(
+                build_eval_stream(
+                    data,
+                    image_size=config.model.image_size,
+                    num_classes=config.model.num_classes,
+                    seed=config.seed,
+                    batch_size=config.evals.upstream.batch_size,
+                    rank=world.rank,
+                    world=world.size,
+                )
+            )
+            for name, data in upstream_sets(config.evals, config.data).items()
+        }
+        evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, sets, config.loss, config.model.num_classes)
+    on_sets = FeatureSets(config.evals.on_sets, image_size=config.model.image_size, world=world)
+    evaluators |= on_sets.evaluators(over)
     if config.average is not None:
         # Of features those of the averaged weights are others, so these evaluators must not share with those above.
-        alike = {**evaluators, **sets.evaluators(over)}
+        alike = {**evaluators, **on_sets.evaluators(over)}
         evaluators |= {f"{source}_average": AveragedEvaluator(one) for source, one in alike.items()}
     return evaluators
 

@@ -28,6 +28,7 @@ from softmoe_train.engine.deepspeed_config import DeepSpeedConfig
 from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspeed_engine
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.engine.weights import Materialise, with_values
+from softmoe_train.evals.settings import upstream_sets
 from softmoe_train.evaluators import build_evaluators, tell
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import BadData, BadStepsError
@@ -71,7 +72,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         topology = build_topology(config, world, device)
         engine = build_engine(config, topology, device)
         clock.done("engine")
-        _index(config, world)
+        index_shards(config, world)
         stream = training_stream(config, world, device)
         evaluators = build_evaluators(config, world, watch.over)
         clock.done("data")
@@ -161,19 +162,18 @@ def build_engine(
             )
 
 
-def _index(config: RunConfig, world: World) -> None:
+def index_shards(config: RunConfig, world: World, *, needs_train: bool = True) -> None:
     """Have the ranks of each host share the reading of tars that no run has met before.
 
     Raises ConfigError on every rank that names every tar which cannot be read to its end.
     """
-    problems = gather_texts(
-        make_indexes(
-            config.data,
-            part=world.local_rank % world.local_size,
-            parts=world.local_size,
-            needs_test=config.evals.upstream is not None,
-        )
+    part, parts = world.local_rank % world.local_size, world.local_size
+    found = make_indexes(
+        config.data, part=part, parts=parts, needs_test=config.evals.reads_test, needs_train=needs_train
     )
+    for data in [data for name, data in upstream_sets(config.evals, config.data).items() if name != "test"]:
+        found += make_indexes(data, part=part, parts=parts, needs_test=True, needs_train=False)
+    problems = gather_texts(found)
     if problems:
         raise ConfigError(problems)
 
@@ -182,7 +182,7 @@ def _left_out(config: RunConfig, world: World) -> list[str]:
     """What is to be told of samples that are not read, by the one rank that tells it."""
     if isinstance(config.data, SyntheticConfig) or not world.main:
         return []
-    return left_out(config.data, needs_test=config.evals.upstream is not None)
+    return left_out(config.data, needs_test=config.evals.reads_test)
 
 
 def training_stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:

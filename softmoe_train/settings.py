@@ -18,13 +18,7 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.fewshot import FewshotConfig
-from softmoe_train.evals.knn import KnnConfig
-from softmoe_train.evals.measures import measures_of
-from softmoe_train.evals.on_sets import feature_configs, feature_problems
-from softmoe_train.evals.probe import ProbeConfig
-from softmoe_train.evals.sets import SetsConfig
-from softmoe_train.evals.upstream import UpstreamConfig
+from softmoe_train.evals.settings import EvalsConfig, measured_every, set_problems
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
@@ -53,20 +47,6 @@ class TorchEngineConfig(Record):
 
 
 EngineConfig = Annotated[TorchEngineConfig | DeepSpeedConfig, Field(discriminator="kind")]
-
-
-class EvalsConfig(Record):
-    """The evaluators of a run; null leaves one out."""
-
-    upstream: UpstreamConfig | None
-    fewshot: FewshotConfig | None
-    knn: KnnConfig | None
-    probe: ProbeConfig | None
-
-    @property
-    def on_sets(self) -> dict[str, SetsConfig]:
-        """Those that measure features on sets of their own, by source."""
-        return feature_configs(self.fewshot, self.knn, self.probe)
 
 
 class RunConfig(Record):
@@ -167,13 +147,13 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         image_size=config.model.image_size,
         global_batch=config.batch_size,
         world=size,
-        needs_test=config.evals.upstream is not None,
+        needs_test=config.evals.reads_test,
     )
-    problems += _label_problems(config) + feature_problems(config.evals.on_sets, config.model.image_size)
+    problems += label_problems(config) + set_problems(config.evals, config.data, config.model)
     return problems + (_folder_problems(config) or _resume_problems(config))
 
 
-def _label_problems(config: RunConfig) -> list[str]:
+def label_problems(config: RunConfig) -> list[str]:
     """Why the labels of the data are not those of the model, or of a loss."""
     if isinstance(config.data, SyntheticConfig):
         return []
@@ -279,14 +259,16 @@ def _best_problems(config: RunConfig) -> list[str]:
     best = config.checkpoint.best
     if best is None:
         return []
-    known = measures_of(config.evals.upstream, config.evals.on_sets, averaged=config.average is not None)
-    if metric_of(best) not in known:
-        remedy = f"use one of {', '.join(known)}" if known else "no evaluator is on (evals=[upstream]); use null"
-        return [f"checkpoint.best={best}: nothing measures {metric_of(best)}; {remedy}"]
-    source, steps = known[metric_of(best)]
-    if not 0 < math.lcm(steps, config.checkpoint.every) < config.steps:
+    known = measured_every(config.evals, config.model, averaged=config.average is not None)
+    metric = metric_of(best)
+    if metric not in known:
+        some = ", ".join(list(known)[:6])
+        remedy = f"use one of {some}" if known else "no evaluator is on (evals=[upstream]); use null"
+        return [f"checkpoint.best={best}: nothing measures {metric}; {remedy}"]
+    if not 0 < math.lcm(known[metric], config.checkpoint.every) < config.steps:
+        source = metric.partition("/")[0].removesuffix("_average")
         return [
-            f"checkpoint.best={best}: it is measured every {steps} steps and checkpoints are made every "
+            f"checkpoint.best={best}: it is measured every {known[metric]} steps and checkpoints are made every "
             f"{config.checkpoint.every} (0: only at the end), so no step before the last of steps={config.steps} has both; use "
             f"evals.{source}.every and checkpoint.every that meet, or null"
         ]

@@ -6,6 +6,7 @@ import sys
 import softmoe_train
 from softmoe_train.commands.allocation import NO_MEMORY, no_memory
 from softmoe_train.commands.bench import MEASURES, bench
+from softmoe_train.commands.eval import eval_checkpoint
 from softmoe_train.commands.export import export
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
@@ -49,6 +50,11 @@ each has keys of its own (conf/shards_*.yaml, a line for each), check those of a
   softmoe shards check "data.train=shards/mine/train-*.tar" model.num_classes=10 quarantine=bad.jsonl
   softmoe shards index data=shards/mine verify=true"""
 
+EVAL_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step; or a file of weights), weights=model or average, out=FILE.json,
+and those of a run, whose values are the checkpoint's: evals= names other evaluators, data.test= other images, processes= how many ranks
+  softmoe eval ckpt=runs/mine
+  softmoe eval ckpt=runs/mine/checkpoints/step_00001000 evals=[upstream] data.test=/data/other processes=8"""
+
 EXPORT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), out=FILE.safetensors, weights=model or average,
 experts=together or separate (a file for each expert beside it)
   softmoe export ckpt=runs/mine out=weights.safetensors"""
@@ -65,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         match options.verb:
             case "bench":
                 return bench(options.what, options.overrides)
+            case "eval":
+                return eval_checkpoint(options.overrides)
             case "export":
                 return export(options.overrides)
             case "inspect":
@@ -120,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     inspecting = verb(
         "inspect", "what is in a checkpoint, whether it is whole, how it differs from another", INSPECT_EPILOG
     )
+    evaluating = verb("eval", "run evaluators on a checkpoint", EVAL_EPILOG)
     exporting = verb("export", "write a checkpoint's weights as one safetensors file for plain PyTorch", EXPORT_EPILOG)
-    for parsed in (training, proof, planning, measuring, inspecting, exporting, sharding):
+    for parsed in (training, proof, planning, measuring, evaluating, inspecting, exporting, sharding):
         parsed.add_argument("overrides", nargs="*", help="key=value")
     return parser

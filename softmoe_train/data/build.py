@@ -20,7 +20,7 @@ from softmoe_train.data.transforms import build_transform, check_transform, may_
 from softmoe_train.data.workers import Decoding
 
 
-def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) -> list[str]:
+def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool, needs_train: bool = True) -> list[str]:
     """Index every `parts`-th tar from `part` on, and choose among its samples, so that processes that share a cache share the reading.
 
     An index that is there already is not made again. Returns a message for each tar that cannot be read to its end.
@@ -33,7 +33,8 @@ def make_indexes(cfg: DataConfig, *, part: int, parts: int, needs_test: bool) ->
         said = str(error)
         return said if said.startswith(key) else f"{key}: {said}"
 
-    for key, spec in [*training_specs(cfg), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]:
+    wanted = training_specs(cfg) if needs_train else []
+    for key, spec in [*wanted, *([NamedSpec("data.test", cfg.test)] if needs_test else [])]:
         try:
             keys = {**dict.fromkeys(catalog.paths(spec, key=key), key), **keys}
         except ValueError as error:
@@ -150,14 +151,7 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
         return problems
     problems += check_mixture(cfg)
     wanted = [NamedSpec("data.test", cfg.test)] if needs_test or cfg.test is not None else []
-    for key, spec in [*training_specs(cfg), *wanted]:
-        try:
-            check_places(spec, key=key)
-        except ValueError as error:
-            problems.append(str(error))
-    if any(names_url(spec) for _, spec in [*training_specs(cfg), *wanted]):
-        problems += check_cache(cfg.cache)
-    problems += _check_meaning(cfg)
+    problems += _check_specs([*training_specs(cfg), *wanted], cfg) + _check_meaning(cfg)
     if cfg.scaled_decode and not may_scale(cfg.train_transform):
         problems.append(
             f"data.scaled_decode=true with data.train_transform.kind={cfg.train_transform.kind}: only an inception_crop without antialias "
@@ -165,6 +159,26 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
         )
     problems += check_transform(cfg.train_transform, image_size, key="data.train_transform")
     return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
+
+
+def check_evaluated(cfg: DataConfig, *, image_size: int) -> list[str]:
+    """The same where nothing is trained and only `data.test` is read."""
+    if isinstance(cfg, SyntheticConfig):
+        return []
+    problems = _check_specs([NamedSpec("data.test", cfg.test)], cfg) + _check_meaning(cfg)
+    return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
+
+
+def _check_specs(specs: list[NamedSpec], cfg: WebDatasetConfig) -> list[str]:
+    problems = []
+    for key, spec in specs:
+        try:
+            check_places(spec, key=key)
+        except ValueError as error:
+            problems.append(str(error))
+    if any(names_url(spec) for _, spec in specs):
+        problems += check_cache(cfg.cache)
+    return problems
 
 
 def _check_meaning(cfg: WebDatasetConfig) -> list[str]:

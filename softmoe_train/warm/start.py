@@ -79,6 +79,13 @@ def warm_problems(config: WarmConfig, model: ModelConfig, seed: int) -> list[str
         return [f"{error.what}: {problem}" for problem in error.problems]
 
 
+def fresh_tensors(config: WarmConfig, model: ModelConfig, seed: int) -> list[str]:
+    """The tensors of the model that these weights, which it can start from, do not give it."""
+    with opened_source(config) as source:
+        begins = _fitted(source, config, model, seed).begins
+    return [name for name, begin in begins.items() if begin.how == "created"]
+
+
 def start_warm(
     config: WarmConfig,
     model: ModelConfig,

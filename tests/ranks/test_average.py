@@ -44,7 +44,7 @@ def engine_of(rank: int, layout: Layout, average: AverageConfig | None) -> Torch
 def measured(engine: TorchEngine, layout: Layout, rank: int) -> tuple[dict[str, float], dict[str, float]]:
     """The same evaluator on the live and on the averaged weights."""
     evaluator = UpstreamEvaluator(
-        UpstreamConfig(every=1, batch_size=GLOBAL_BATCH), share(rank, layout.world), "sigmoid"
+        UpstreamConfig(every=1, batch_size=GLOBAL_BATCH, sets={}), {"test": share(rank, layout.world)}, "sigmoid", 10
     )
     state = TrainState(engine, 0, 0, Cursor(0), "")
     return dict(evaluator.run(state)), dict(AveragedEvaluator(evaluator).run(state))

@@ -324,7 +324,7 @@ def measure(rank: int, world: int) -> dict[str, float]:
     # Labels of padding rows are right on purpose: they must not count.
     lost = (Broken("shard.tar", "key", "torn", "0" * 64, 5),) if rank == 0 else ()
     batch = Batch(images[rows], labels[rows], mask, rows, Cursor(0), lost)
-    evaluator = UpstreamEvaluator(UpstreamConfig(every=0, batch_size=padded), [batch], "softmax")
+    evaluator = UpstreamEvaluator(UpstreamConfig(every=0, batch_size=padded, sets={}), {"test": [batch]}, "softmax", 10)
     return dict(evaluator.run(TrainState(engine, 0, 0, Cursor(0), "")))
 
 

@@ -237,9 +237,9 @@ def test_records_are_strict_about_types() -> None:
 
 
 def test_a_best_checkpoint_that_could_never_be_is_refused() -> None:
-    (unknown,) = problems_of("recipe=debug", "checkpoint.best=highest upstream/test/top5")
+    (unknown,) = problems_of("recipe=debug", "checkpoint.best=highest upstream/test/top2")
     assert unknown.startswith(
-        "checkpoint.best=highest upstream/test/top5: nothing measures upstream/test/top5; use one of upst"
+        "checkpoint.best=highest upstream/test/top2: nothing measures upstream/test/top2; use one of upst"
     )
     (never,) = problems_of("recipe=debug", "checkpoint.best=lowest upstream/test/loss", "checkpoint.every=7")
     assert "it is measured every 10 steps and checkpoints are made every 7" in never

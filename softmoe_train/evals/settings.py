@@ -1,0 +1,78 @@
+"""This file owns the settings of a run's evaluators: which there are, what they read, and what they measure."""
+
+from softmoe_train.config import ConfigError, Record, parse
+from softmoe_train.data import DataConfig, SyntheticConfig, WebDatasetConfig, check_evaluated, check_labels
+from softmoe_train.evals.fewshot import FewshotConfig
+from softmoe_train.evals.knn import KnnConfig
+from softmoe_train.evals.on_sets import feature_configs, feature_measures, feature_problems
+from softmoe_train.evals.probe import ProbeConfig
+from softmoe_train.evals.sets import SetsConfig
+from softmoe_train.evals.upstream import UpstreamConfig
+from softmoe_train.model.records import ModelConfig
+
+
+class EvalsConfig(Record):
+    """The evaluators of a run; null leaves one out."""
+
+    upstream: UpstreamConfig | None
+    fewshot: FewshotConfig | None
+    knn: KnnConfig | None
+    probe: ProbeConfig | None
+
+    @property
+    def on_sets(self) -> dict[str, SetsConfig]:
+        """Those that measure features on sets of their own, by source."""
+        return feature_configs(self.fewshot, self.knn, self.probe)
+
+    @property
+    def reads_test(self) -> bool:
+        """Whether any of them reads `data.test`."""
+        return self.upstream is not None
+
+
+def measured_every(evals: EvalsConfig, model: ModelConfig, *, averaged: bool) -> dict[str, int]:
+    """Each metric that a run's evaluators measure at every of their evaluations, and every how many steps that is."""
+    known: dict[str, int] = {}
+    if evals.upstream is not None:
+        known |= {f"upstream/{name}": evals.upstream.every for name in evals.upstream.measures(model.num_classes)}
+    for source, names in feature_measures(evals.on_sets).items():
+        known |= {f"{source}/{name}": evals.on_sets[source].every for name in names}
+    if averaged:
+        of_average = {name.partition("/"): every for name, every in known.items()}
+        known |= {f"{source}_average/{name}": every for (source, _, name), every in of_average.items()}
+    return known
+
+
+def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:
+    """What the upstream evaluator reads, by set: `data.test`, and whatever else it was given, with its own keys in place of the run's.
+
+    Raises ConfigError with what is wrong in those.
+    """
+    if evals.upstream is None:
+        return {}
+    sets, problems = {"test": data}, list[str]()
+    for name, own in evals.upstream.sets.items():
+        key = f"evals.upstream.sets.{name}"
+        if isinstance(data, SyntheticConfig):
+            problems.append(f"{key}: data=synthetic has no shards to share settings with; choose a data set of shards")
+            continue
+        other, found = parse(WebDatasetConfig, {**data.model_dump(), **own})
+        problems += [f"{key}.{problem.removeprefix('data.')}" for problem in found]
+        sets |= {name: other} if other is not None else {}
+    if problems:
+        raise ConfigError(problems)
+    return sets
+
+
+def set_problems(evals: EvalsConfig, data: DataConfig, model: ModelConfig) -> list[str]:
+    """What is wrong with the sets of evaluators that are not `data.test`."""
+    problems = feature_problems(evals.on_sets, model.image_size)
+    try:
+        others = {name: other for name, other in upstream_sets(evals, data).items() if name != "test"}
+    except ConfigError as error:
+        return problems + error.problems
+    for name, other in others.items():
+        found = check_evaluated(other, image_size=model.image_size)
+        found += check_labels(other, model.num_classes) if isinstance(other, WebDatasetConfig) else []
+        problems += [problem.replace("data.", f"evals.upstream.sets.{name}.") for problem in found]
+    return problems
