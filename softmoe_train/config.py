@@ -243,10 +243,12 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     else:
         value = parsed.value()
     here: Any = tree
-    opened = bool(OPEN.match(".".join(path)))
+    is_open = OPEN.match(f"{'.'.join(path)}.") is not None
     for part in above:
-        here = (here.setdefault(part, {}) if opened else here.get(part)) if isinstance(here, dict) else None
-    if not isinstance(here, dict) or (last not in here and not opened):
+        if is_open and isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here.get(part) if isinstance(here, dict) else None
+    if not isinstance(here, dict) or (last not in here and not is_open):
         return [_no_such_key(override, ".".join(path), _leaves(tree))]
     here[last] = value
     return []

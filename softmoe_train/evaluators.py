@@ -37,11 +37,11 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
             for name, data in upstream_sets(config.evals, config.data).items()
         }
         evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, sets, config.loss, config.model.num_classes)
-    on_sets = FeatureSets(config.evals.on_sets, image_size=config.model.image_size, world=world)
-    evaluators |= on_sets.evaluators(over)
+    features = FeatureSets(config.evals.on_sets, image_size=config.model.image_size, world=world)
+    evaluators |= features.evaluators(over)
     if config.average is not None:
         # Of features those of the averaged weights are others, so these evaluators must not share with those above.
-        alike = {**evaluators, **on_sets.evaluators(over)}
+        alike = {**evaluators, **features.evaluators(over)}
         evaluators |= {f"{source}_average": AveragedEvaluator(one) for source, one in alike.items()}
     return evaluators
 

@@ -18,7 +18,9 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.settings import EvalsConfig, measured_every, set_problems
+from softmoe_train.evals.measures import measures_of
+from softmoe_train.evals.on_sets import feature_problems
+from softmoe_train.evals.settings import EvalsConfig, set_problems
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
@@ -150,6 +152,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         needs_test=config.evals.reads_test,
     )
     problems += label_problems(config) + set_problems(config.evals, config.data, config.model)
+    problems += feature_problems(config.evals.on_sets, config.model.image_size)
     return problems + (_folder_problems(config) or _resume_problems(config))
 
 
@@ -259,16 +262,15 @@ def _best_problems(config: RunConfig) -> list[str]:
     best = config.checkpoint.best
     if best is None:
         return []
-    known = measured_every(config.evals, config.model, averaged=config.average is not None)
-    metric = metric_of(best)
-    if metric not in known:
-        some = ", ".join(list(known)[:6])
+    known = measures_of(config.evals, config.model.num_classes, averaged=config.average is not None)
+    if metric_of(best) not in known:
+        some = ", ".join(list(known)[:24])
         remedy = f"use one of {some}" if known else "no evaluator is on (evals=[upstream]); use null"
-        return [f"checkpoint.best={best}: nothing measures {metric}; {remedy}"]
-    if not 0 < math.lcm(known[metric], config.checkpoint.every) < config.steps:
-        source = metric.partition("/")[0].removesuffix("_average")
+        return [f"checkpoint.best={best}: nothing measures {metric_of(best)}; {remedy}"]
+    source, steps = known[metric_of(best)]
+    if not 0 < math.lcm(steps, config.checkpoint.every) < config.steps:
         return [
-            f"checkpoint.best={best}: it is measured every {known[metric]} steps and checkpoints are made every "
+            f"checkpoint.best={best}: it is measured every {steps} steps and checkpoints are made every "
             f"{config.checkpoint.every} (0: only at the end), so no step before the last of steps={config.steps} has both; use "
             f"evals.{source}.every and checkpoint.every that meet, or null"
         ]

@@ -4,7 +4,7 @@ from softmoe_train.config import ConfigError, Record, parse
 from softmoe_train.data import DataConfig, SyntheticConfig, WebDatasetConfig, check_evaluated, check_labels
 from softmoe_train.evals.fewshot import FewshotConfig
 from softmoe_train.evals.knn import KnnConfig
-from softmoe_train.evals.on_sets import feature_configs, feature_measures, feature_problems
+from softmoe_train.evals.on_sets import feature_configs
 from softmoe_train.evals.probe import ProbeConfig
 from softmoe_train.evals.sets import SetsConfig
 from softmoe_train.evals.upstream import UpstreamConfig
@@ -30,19 +30,6 @@ class EvalsConfig(Record):
         return self.upstream is not None
 
 
-def measured_every(evals: EvalsConfig, model: ModelConfig, *, averaged: bool) -> dict[str, int]:
-    """Each metric that a run's evaluators measure at every of their evaluations, and every how many steps that is."""
-    known: dict[str, int] = {}
-    if evals.upstream is not None:
-        known |= {f"upstream/{name}": evals.upstream.every for name in evals.upstream.measures(model.num_classes)}
-    for source, names in feature_measures(evals.on_sets).items():
-        known |= {f"{source}/{name}": evals.on_sets[source].every for name in names}
-    if averaged:
-        of_average = {name.partition("/"): every for name, every in known.items()}
-        known |= {f"{source}_average/{name}": every for (source, _, name), every in of_average.items()}
-    return known
-
-
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:
     """What the upstream evaluator reads, by set: `data.test`, and whatever else it was given, with its own keys in place of the run's.
 
@@ -66,11 +53,11 @@ def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]
 
 def set_problems(evals: EvalsConfig, data: DataConfig, model: ModelConfig) -> list[str]:
     """What is wrong with the sets of evaluators that are not `data.test`."""
-    problems = feature_problems(evals.on_sets, model.image_size)
     try:
         others = {name: other for name, other in upstream_sets(evals, data).items() if name != "test"}
     except ConfigError as error:
-        return problems + error.problems
+        return error.problems
+    problems = []
     for name, other in others.items():
         found = check_evaluated(other, image_size=model.image_size)
         found += check_labels(other, model.num_classes) if isinstance(other, WebDatasetConfig) else []
