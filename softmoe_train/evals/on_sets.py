@@ -45,6 +45,9 @@ class FeatureSets:
 
     def __init__(self, configs: FeatureConfigs, *, image_size: int, world: World) -> None:
         """Read indexes and labels, shared by the ranks of a host. Raises ConfigError on every rank, with all that is wrong."""
+        _agree(
+            feature_problems(configs, image_size)
+        )  # or a set that `check` was not asked about would be left out in silence
         named = {source: _sets_of(source, configs, image_size)[0] for source in configs}
         every = list({one.key: one for sets in named.values() for one in sets}.values())
         _agree(read_part_of_sets(every, part=world.local_rank % world.local_size, parts=world.local_size))
