@@ -20,7 +20,7 @@ from softmoe_train.evals.on_sets import FeatureEvaluator, feature_problems
 from softmoe_train.evals.settings import set_problems
 from softmoe_train.evaluators import build_evaluators
 from softmoe_train.loop import TrainState
-from softmoe_train.observe.figures import Figure
+from softmoe_train.observe.figures import Alarm, Figure
 from softmoe_train.run import build_engine, build_topology, index_shards
 from softmoe_train.settings import RunConfig, compute_problems, label_problems
 from softmoe_train.warm.settings import WarmConfig
@@ -165,7 +165,7 @@ def evaluate(asked: Measured, world: World) -> dict[str, float]:
         values: dict[str, float] = {}
         for source, evaluator in evaluators.items():
             for name, value in evaluator.run(state):
-                if not isinstance(value, Figure):
+                if not isinstance(value, Figure | Alarm):
                     values[f"{source}/{name}"] = float(value)
     return values
 

@@ -340,9 +340,16 @@ def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
         bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
         budget=_budget(config),
         broken_file=config.folder / BROKEN_FILE if world.main else None,
+        moves_every=_moves_every(config),
         expert_blocks=moe_blocks(config.model.moe.blocks, config.model.depth),
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )
+
+
+def _moves_every(config: RunConfig) -> int:
+    """How often expert updates are told: where routers are looked at in mid-run."""
+    routing = config.evals.routing
+    return routing.every if routing is not None and routing.updates and config.model.has_experts else 0
 
 
 def _budget(config: RunConfig) -> Budget | None:

@@ -6,6 +6,7 @@ from softmoe_train.evals.fewshot import FewshotConfig
 from softmoe_train.evals.knn import KnnConfig
 from softmoe_train.evals.on_sets import feature_configs
 from softmoe_train.evals.probe import ProbeConfig
+from softmoe_train.evals.routing import RoutingConfig
 from softmoe_train.evals.sets import SetsConfig
 from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.model.records import ModelConfig
@@ -15,6 +16,7 @@ class EvalsConfig(Record):
     """The evaluators of a run; null leaves one out."""
 
     upstream: UpstreamConfig | None
+    routing: RoutingConfig | None
     fewshot: FewshotConfig | None
     knn: KnnConfig | None
     probe: ProbeConfig | None
@@ -27,7 +29,7 @@ class EvalsConfig(Record):
     @property
     def reads_test(self) -> bool:
         """Whether any of them reads `data.test`."""
-        return self.upstream is not None
+        return self.upstream is not None or self.routing is not None
 
 
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:

@@ -41,7 +41,7 @@ def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta
     """
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, value in metrics.items():
-        if name.partition("/")[0].removesuffix("_average") in SHOWN:
+        if is_shown(name):
             parts.append(f"{name.removeprefix('train/')} {format_value(value):<7}".rstrip())
     rate = metrics.get("perf/images_per_second")
     if rate is not None:
@@ -51,6 +51,11 @@ def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta
             parts.append(f"data {100 * waited:.0f} %")
         parts.append(f"eta {format_eta(eta)}")
     return "  ".join(parts)
+
+
+def is_shown(name: str) -> bool:
+    """Whether a metric is for the console."""
+    return name.partition("/")[0].removesuffix("_average") in SHOWN
 
 
 class Console:
@@ -70,7 +75,7 @@ class Console:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print one report and move the bar."""
         eta = self._seconds_to_go(step)
-        if self._lines:
+        if self._lines and any(is_shown(name) or name.startswith("perf/") for name in metrics):
             self._print(format_report(step, self._total_steps, metrics, eta))
         if self._progress is not None:
             facts = []
