@@ -354,7 +354,7 @@ def _path_in(location: tuple[int | str, ...], tree: Tree) -> tuple[int | str, ..
         if isinstance(here, list | dict) and (isinstance(here, list) or part in here):
             here = here[part]  # pyright: ignore[reportCallIssue, reportArgumentType]
             path.append(part)
-    return (*path, location[-1])
+    return (*path, *location[-1:])  # a rule of a whole record has no place
 
 
 def _unknown_key(location: tuple[int | str, ...], tree: Tree) -> str:
