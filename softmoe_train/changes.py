@@ -32,11 +32,12 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{key}={new.get(key)} (was {old.get(key)})"
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not _is_free(key)
+        if old.get(key) != new.get(key) and not is_free(key)
     ]
 
 
-def _is_free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a continued run takes this setting as it is now."""
     if key in SHAPING:
         return False
     return key in FREE or key.startswith(tuple(f"{one}." for one in FREE)) or bool(SHARDS_OF_A_SOURCE.fullmatch(key))

@@ -12,6 +12,8 @@ import torch
 
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.audit import Audit
+from softmoe_train.checkpoint.folder import step_of
+from softmoe_train.checkpoint.remote import url_of
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError, save_yaml
@@ -227,6 +229,7 @@ def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: Si
         max_failures=config.checkpoint.max_failures,
         warn=lambda text: log.alert("checkpoints", text),
         best=state.best,
+        saved=lambda folder: log.saved(step_of(folder), url_of(folder)),
     )
     if config.checkpoint.every and state.step < config.steps:
         store.prepare(state.engine.state_dict())

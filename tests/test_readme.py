@@ -130,6 +130,17 @@ def test_a_look_at_its_checkpoints_runs_as_written(
     assert ("every hash holds" in said) == ("verify=true" in words)
 
 
+@pytest.mark.parametrize("words", lines_of("report"), ids=" ".join)
+def test_a_report_of_its_run_is_made_as_written(
+    again: tuple[Path, list[str]], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(again[0])
+    assert main(["report", *words]) == 0
+    assert "complete" in capsys.readouterr().out
+    out = next((word.partition("=")[2] for word in words if word.startswith("out=")), "report.html")
+    assert "held-out top-1" in Path(out).read_text()
+
+
 def test_exported_weights_of_its_run_load_without_this_package(
     again: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,3 +187,8 @@ def place_problem(text: str) -> str | None:
     if kind in ("file", "local", "memory"):
         return f"{kind}:// is no object store; give a path, as in {rest if kind != 'memory' else 'runs/mine'}"
     return None
+
+
+def url_of(place: Place) -> str:
+    """Where it is for programs elsewhere: a store's URL as it is, a path as file://."""
+    return place.resolve().as_uri() if isinstance(place, Path) else place.url

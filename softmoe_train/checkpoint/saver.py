@@ -7,6 +7,7 @@ from softmoe_train.checkpoint.agreement import CheckpointError, NotFiniteError
 from softmoe_train.checkpoint.best import Best
 from softmoe_train.checkpoint.manifest import Documents
 from softmoe_train.checkpoint.plan import Tensors
+from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.store import CheckpointStore
 
 RETRY_SECONDS = 10.0  # at the end of a run, where there is no step left to take in between
@@ -21,11 +22,18 @@ class Saver:
     """
 
     def __init__(
-        self, store: CheckpointStore, *, max_failures: int, warn: Callable[[str], None], best: Best | None = None
+        self,
+        store: CheckpointStore,
+        *,
+        max_failures: int,
+        warn: Callable[[str], None],
+        best: Best | None = None,
+        saved: Callable[[Place], None] = lambda _: None,  # hears of each checkpoint that is complete
     ) -> None:
         self._store = store
         self._max_failures = max_failures
         self._warn = warn
+        self._saved = saved
         self._failures = 0
         self._step = -1  # of the save that was begun last
         self._best = best  # before that step was measured
@@ -66,8 +74,9 @@ class Saver:
     def _has_failed(self) -> bool:
         """Whether the save that was begun, if any, has failed; counts, warns and raises."""
         try:
-            if self._store.settle() is not None:
+            if (folder := self._store.settle()) is not None:
                 self._failures = 0
+                self._saved(folder)
             return False
         except NotFiniteError as error:
             remedy = f"{self._standing()}: go on from there with a lower schedule.peak or optim.clip_norm (allow_changes=true)"

@@ -11,6 +11,7 @@ from softmoe_train.commands.export import export
 from softmoe_train.commands.inspect import inspect
 from softmoe_train.commands.parity import parity
 from softmoe_train.commands.plan import compare, plan
+from softmoe_train.commands.report import report
 from softmoe_train.commands.shards import TASKS, shards
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
@@ -61,6 +62,10 @@ EXPORT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), 
 experts=together or separate (a file for each expert beside it)
   softmoe export ckpt=runs/mine out=weights.safetensors"""
 
+REPORT_EPILOG = """run folders, or folders that hold some (a sweep); keys: out=FILE.html (report.html), json_out=FILE.json
+  softmoe report runs/*
+  softmoe report runs/sweep out=sweep.html json_out=sweep.json"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code.
@@ -81,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return inspect(options.overrides)
             case "parity":
                 return parity(options.overrides)
+            case "report":
+                return report(options.overrides)
             case "shards":
                 return shards(options.what, options.overrides)
             case "plan":
@@ -132,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluating = verb("eval", "run evaluators on a checkpoint", EVAL_EPILOG)
     exporting = verb("export", "write a checkpoint's weights as one safetensors file for plain PyTorch", EXPORT_EPILOG)
-    for parsed in (training, proof, planning, measuring, evaluating, inspecting, exporting, sharding):
+    reporting = verb("report", "compare runs or a sweep in one HTML file that stands alone", REPORT_EPILOG)
+    for parsed in (training, proof, planning, measuring, evaluating, inspecting, exporting, sharding, reporting):
         parsed.add_argument("overrides", nargs="*", help="key=value")
     return parser

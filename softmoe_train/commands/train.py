@@ -22,6 +22,7 @@ from softmoe_train.launching.local import TOLD_CODES
 from softmoe_train.launching.meeting import End
 from softmoe_train.launching.worker import RESUME, launcher_of
 from softmoe_train.observe.startup import Startup
+from softmoe_train.report.closing import closing_lines
 from softmoe_train.run import train as train_rank
 from softmoe_train.settings import RunConfig
 
@@ -93,16 +94,13 @@ def closing(config: RunConfig, reason: str, overrides: list[str], world: World) 
     try:
         summary = json.loads((config.folder / "summary.json").read_text())
     except (OSError, ValueError):  # the disk of the run folder has failed, and that was told
-        summary = {"steps": "?", "images_seen": "?", "metrics": {}}
+        summary = {"steps": "?", "images_seen": "?"}
     again = [o for o in overrides if not o.startswith(("stop_after=", "processes="))]
     if world.size != compose(RunConfig, again, lambda _: []).processes:
         again.append(f"processes={world.size}")
     hint = "" if world.size == world.local_size else "   (under the same launcher)"
     lines = [f"{reason} at step {summary['steps']} of {config.steps}, {summary['images_seen']} images seen"]
-    if "upstream/test/top1" in summary["metrics"]:
-        averaged = summary["metrics"].get("upstream_average/test/top1")
-        beside = "" if averaged is None else f"   (averaged weights {averaged:.4f})"
-        lines.append(f"held-out top-1  {summary['metrics']['upstream/test/top1']:.4f}{beside}")
+    lines += closing_lines(config.folder)
     lines += [f"run folder      {config.folder}", f"to resume       {_program()} train {shlex.join(again)}{hint}"]
     return "\n".join(lines)
 

@@ -10,16 +10,11 @@ from typing import Literal, TextIO
 import rich.console
 import rich.progress
 
+from softmoe_train.observe.judged import FEWSHOT, MEASURED, source_of
+
 ProgressKind = Literal["auto", "bar", "plain", "off"]
-SHOWN = (
-    "train",
-    "upstream",
-    "fewshot",
-    "knn",
-    "probe",
-    "finetune",
-    "zeroshot",
-)  # the rest is in metrics.jsonl: too many for a line
+SHOWN = ("train", *MEASURED)  # the rest is in metrics.jsonl: too many for a line
+MOST = 6  # values of an evaluation
 
 
 def format_value(value: float) -> str:
@@ -37,12 +32,15 @@ def format_eta(seconds: float | None) -> str:
 def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta: float | None) -> str:
     """One line such as `step  20/660  loss 1.2340  top1 0.3100  1,234 images/s  eta 0:00:12`.
 
-    `data 12 %` behind the rate is the part of the time that waited for data, from one percent on.
+    `data 12 %` behind the rate is the part of the time that waited for data, from one percent on. An evaluation of many values shows
+    the first, of few-shot those of 10 shots, and says how many more there are.
     """
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
-    for name, value in metrics.items():
-        if is_shown(name):
-            parts.append(f"{name.removeprefix('train/')} {format_value(value):<7}".rstrip())
+    shown = _shown(metrics)
+    parts += [f"{name.removeprefix('train/')} {format_value(metrics[name]):<7}".rstrip() for name in shown]
+    more = sum(source_of(name) in MEASURED for name in metrics.keys() - set(shown))
+    if more:
+        parts.append(f"and {more} more")
     rate = metrics.get("perf/images_per_second")
     if rate is not None:
         parts.append(f"{rate:>6,.0f} images/s")
@@ -53,9 +51,13 @@ def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta
     return "  ".join(parts)
 
 
-def is_shown(name: str) -> bool:
-    """Whether a metric is for the console."""
-    return name.partition("/")[0].removesuffix("_average") in SHOWN
+def _shown(metrics: Mapping[str, float]) -> list[str]:
+    """The metrics of a report that have a place in its line."""
+    shown = [name for name in metrics if source_of(name) in SHOWN]
+    judging = [name for name in shown if source_of(name) == FEWSHOT.source and name.endswith(f"/{FEWSHOT.measure}")]
+    shown = [name for name in shown if source_of(name) != FEWSHOT.source or name in judging or not judging]
+    measured = [name for name in shown if source_of(name) in MEASURED]
+    return [name for name in shown if name not in measured[MOST:]]
 
 
 class Console:
@@ -75,7 +77,7 @@ class Console:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print one report and move the bar."""
         eta = self._seconds_to_go(step)
-        if self._lines and any(is_shown(name) or name.startswith("perf/") for name in metrics):
+        if self._lines and (_shown(metrics) or "perf/images_per_second" in metrics):
             self._print(format_report(step, self._total_steps, metrics, eta))
         if self._progress is not None:
             facts = []

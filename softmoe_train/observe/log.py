@@ -13,7 +13,8 @@ from softmoe_train.observe.console import Console, ProgressKind, build_console
 from softmoe_train.observe.figures import Figure, Picture
 from softmoe_train.observe.run_files import MetricsFile, Summary, replace_bytes
 from softmoe_train.observe.startup import Startup
-from softmoe_train.observe.wandb_run import WandbConfig, WandbRun, start_wandb
+from softmoe_train.observe.wandb_run import WandbConfig, WandbRun
+from softmoe_train.observe.wandb_start import start_wandb
 
 
 class ObserveConfig(Record):
@@ -44,6 +45,9 @@ class SilentLog:
 
     def show(self, step: int, figures: Mapping[str, Figure]) -> None:
         """Take figures, by the name of what they show."""
+
+    def saved(self, step: int, place: str) -> None:
+        """Take note that the checkpoint of a step is complete, and where it is."""
 
     def message(self, text: str) -> None:
         """Take a line for people."""
@@ -80,8 +84,11 @@ class RunLog(SilentLog):
         startup: Startup | None,
         make_folder: Callable[[], object],
         folder: Path,
+        *,
+        refers: bool,
     ) -> None:
         super().__init__(wandb_id)
+        self._refers = refers  # W&B is told of checkpoints
         self._folder = folder
         self._metrics = metrics
         self._summary = summary
@@ -124,6 +131,11 @@ class RunLog(SilentLog):
             replace_bytes(path, picture.png)
         except OSError as error:  # a picture is worth no run
             self.warn(f"the picture {path} could not be written: {error}")
+
+    def saved(self, step: int, place: str) -> None:
+        """Have W&B know of a checkpoint, where the settings want that."""
+        if self._wandb_run is not None and self._refers:
+            self._wandb_run.reference(step, place)
 
     def message(self, text: str) -> None:
         """Print a line for people."""
@@ -247,4 +259,5 @@ def build_log(
         taken_back=taken_back,
         warn=console.warn,
     )
-    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup, make_folder, run_dir)
+    refers = config.wandb.checkpoints == "reference"
+    return RunLog(wandb_id, metrics, summary, console, wandb_run, startup, make_folder, run_dir, refers=refers)

@@ -32,20 +32,19 @@ def read_lines(path: Path) -> tuple[list[Line], int]:
     """The whole lines of a metrics file in order, and how many torn or foreign lines were passed over."""
     if not path.exists():
         return [], 0
-    lines, broken = [], 0
-    for raw in path.read_bytes().split(b"\n"):
-        if not raw:
-            continue
-        try:
-            line = json.loads(raw)
-            whole = type(line["step"]) is int and type(line["images_seen"]) is int
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if whole:
-            lines.append(line)
-        else:
-            broken += 1
-    return lines, broken
+    raw = [line for line in path.read_bytes().split(b"\n") if line]
+    lines = [line for line in map(whole_line, raw) if line is not None]
+    return lines, len(raw) - len(lines)
+
+
+def whole_line(raw: bytes) -> Line | None:
+    """A line of a metrics file, or None for one that is torn or foreign."""
+    try:
+        line = json.loads(raw)
+        whole = type(line["step"]) is int and type(line["images_seen"]) is int
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return line if whole else None
 
 
 class MetricsFile:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from softmoe_train.observe.log import SilentLog, build_log
-from softmoe_train.observe.wandb_run import BLOCK, HEADER, RowNumbers, records_of
+from softmoe_train.observe.wandb_file import BLOCK, HEADER, records_of
+from softmoe_train.observe.wandb_run import RowNumbers
 from tests.unit.observe.test_log import config, lines_of
 
 wandb = pytest.importorskip("wandb")
@@ -202,8 +203,8 @@ def test_with_a_login_and_the_service_down_it_warns_once_and_writes_offline(tmp_
         (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {'0' * 40}\n")
     program = f"""
         from pathlib import Path
-        import softmoe_train.observe.wandb_run as wandb_run
-        wandb_run.INIT_SECONDS = 2.0
+        import softmoe_train.observe.wandb_start as wandb_start
+        wandb_start.INIT_SECONDS = 2.0
         from tests.unit.observe.test_wandb_run import open_log
         log = open_log(Path({str(tmp_path)!r}), mode="auto")
         log.report(10, 10, {{"train/loss": 0.5}})

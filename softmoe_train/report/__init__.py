@@ -1,0 +1,1 @@
+"""Runs compared: tables, curves, pictures, in one HTML file that stands alone."""
