@@ -24,7 +24,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(run: Path, *overrides: str) -> dict[str, Any]:
     out = run.parent / "measured.json"
-    assert main(["eval", f"ckpt={run}", f"out={out}", *overrides]) == 0
+    assert (
+        main(["eval", f"ckpt={run}", f"out={out}", "evals=[upstream]", "evals.upstream.batch_size=32", *overrides]) == 0
+    )
     return json.loads(out.read_text())
 
 
@@ -48,7 +50,13 @@ def test_the_averaged_weights_and_a_step_folder_can_be_measured(run: Path) -> No
 
 def test_two_sharded_ranks_measure_the_same(run: Path) -> None:
     out = run.parent / "two.json"
-    layout = ["processes=2", "parallel.sharding=fsdp", "parallel.expert_axis=2", "evals.upstream.batch_size=24"]
+    layout = [
+        "evals=[upstream]",
+        "processes=2",
+        "parallel.sharding=fsdp",
+        "parallel.expert_axis=2",
+        "evals.upstream.batch_size=24",
+    ]
     command = [sys.executable, "-m", "softmoe_train", "eval", f"ckpt={run}", f"out={out}", *layout]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

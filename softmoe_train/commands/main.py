@@ -43,8 +43,10 @@ PLAN_EPILOG = """any overrides of a run, and ranks=64 ranks_per_host=8 (of the m
   softmoe plan model=soft_h14_256e ranks=64 parallel.expert_axis=8 parallel.sharding=fsdp
   softmoe plan -m model=soft_s16_128e model.moe.num_experts=16,32,64 ranks=8"""
 
-INSPECT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), verify=true, against=FOLDER, out=FILE.json
+INSPECT_EPILOG = """keys: ckpt=FOLDER (a run: its newest checkpoint; or a step), verify=true, against=FOLDER, out=FILE.json,
+routing=true (pictures of what its routers do) with images=SHARDS, count=256, pictures=FOLDER
   softmoe inspect ckpt=runs/mine verify=true
+  softmoe inspect ckpt=runs/mine routing=true "images=/data/mine/test-*.tar" pictures=routing
   softmoe inspect ckpt=runs/mine against=runs/other/checkpoints/step_00001000"""
 
 SHARDS_EPILOG = """tasks: {tasks}

@@ -38,8 +38,9 @@ class RoutingConfig(Record):
 
 def parts_of(config: RoutingConfig, group_images: int, world: int) -> tuple[int, int]:
     """How many images of a rank go through the model at a time, whole groups of them, and how often, for all to be seen."""
-    size = max(1, config.batch_size // group_images) * group_images
-    return size, -(-config.images // (size * world))
+    share = -(-config.images // world)
+    size = -(-min(config.batch_size, share) // group_images) * group_images
+    return size, -(-share // size)
 
 
 class FirstImages:
@@ -81,6 +82,11 @@ class RoutingEvaluator:
             for look, routing in zip(looks.values(), seen_of(module, batch.images, batch.mask), strict=True):
                 look.add(routing, batch.mask)
         sum_looks(looks)
+        if not all(look.sums.total[0] for look in looks.values()):
+            raise ValueError(
+                f"evals.routing: none of the first {self.config.images} images of data.test could be read (with the rest of their group, for "
+                f"a sparse router); repair the shards, name others, or leave routing out of evals"
+            )
         measures = {block: look.measures() for block, look in looks.items()}
         yield from ((f"{block}/{name}", value) for block, of in measures.items() for name, value in of.items())
         # Identity has no router to go wrong.

@@ -82,7 +82,7 @@ class Console:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print one report and move the bar."""
         eta = self._seconds_to_go(step)
-        if self._lines and any(is_shown(name) or name.startswith("perf/") for name in metrics):
+        if self._lines and (_shown(metrics) or "perf/images_per_second" in metrics):
             self._print(format_report(step, self._total_steps, metrics, eta))
         if self._progress is not None:
             facts = []

@@ -51,7 +51,7 @@ def main(overrides: list[str]) -> None:
         step, look = loop.train_step, RoutingEvaluator.run
         loop.train_step, RoutingEvaluator.run = timed(step, steps), timed(look, looks)
         train(run, World(rank=0, size=1, local_rank=0, local_size=1))
-    images = -(-default.images // run.data.streams) * run.data.streams
+    images = default.images
     for kind, name in enumerate(("CPU seconds", "seconds")):
         plain = np.median([one[kind] for one in steps[2:] if not one[2]])
         moved = np.median([one[kind] for one in steps[2:] if one[2]])

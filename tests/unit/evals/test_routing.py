@@ -1,5 +1,6 @@
 """Routing measures against the same in numpy and float64, from the tokens that a layer was given and its parameters alone."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from softmoe_train.config import config_folder, load_yaml, parse
-from softmoe_train.data.batch import Batch
+from softmoe_train.config import compose, config_folder, load_yaml, parse
+from softmoe_train.data import build_eval_stream
+from softmoe_train.data.batch import Batch, Cursor
 from softmoe_train.evals import looks
-from softmoe_train.evals.routing import RoutingConfig, RoutingEvaluator
+from softmoe_train.evals import routing as evaluator
+from softmoe_train.evals.routing import FirstImages, RoutingConfig, RoutingEvaluator, parts_of
 from softmoe_train.model.init import initialize
 from softmoe_train.model.vit import ViT, build_model
-from softmoe_train.observe.figures import Alarm
+from softmoe_train.observe.figures import Alarm, Histogram, Picture
+from softmoe_train.settings import RunConfig
 from tests.models import moe_config
 from tests.ranks.small import global_batch, model_config, perturb
 from tests.unit.evals import direct_routing as direct
@@ -136,3 +140,66 @@ def test_slots_of_exactly_uniform_weights_are_no_duplicates_and_a_router_without
     )
     assert identity["1/one_hot_slots"] == identity["1/one_hot_tokens"] == 1
     assert not any(isinstance(value, Alarm) for value in identity.values())
+
+
+@pytest.mark.parametrize(("world", "group", "images"), [(1, 1, 64), (2, 2, 37), (3, 1, 50), (5, 4, 9), (80, 2, 64)])
+def test_the_first_images_are_seen_once_on_every_layout_and_ranks_have_equal_parts(
+    world: int, group: int, images: int
+) -> None:
+    data = compose(RunConfig, ["recipe=debug"], lambda _: []).data
+    asked = config().model_copy(update={"images": images})
+    size, parts = parts_of(asked, group, world)
+    assert size % group == 0 and size <= max(16, group)
+    seen: list[int] = []
+    for rank in range(world):
+        stream = build_eval_stream(
+            data, image_size=4, num_classes=10, seed=0, batch_size=size * parts, rank=rank, world=world
+        )
+        batches = list(FirstImages(stream, parts, images))
+        assert [len(batch) for batch in batches] == [size] * parts
+        seen += [int(number) for batch in batches for number in batch.sample_ids[batch.mask]]
+    assert seen == list(range(images))
+
+
+@pytest.mark.parametrize("router", ["soft", "tokens_choice"])
+def test_what_only_fills_a_batch_up_is_not_measured(router: str) -> None:
+    one = model(router=router, sparse={"group_images": 2, "capacity_factor": 0.5})
+    half, rest = global_batch().split(2)
+    filled = Batch(
+        torch.cat([half.images, rest.images]),
+        global_batch().labels,
+        torch.arange(16) < 8,
+        torch.arange(16),
+        Cursor(16),
+        (),
+    )
+    assert measured(one, config(), [filled]) == pytest.approx(measured(one, config(), [half]), rel=1e-12)
+    nothing = dataclasses.replace(half, mask=torch.zeros(8, dtype=torch.bool))
+    assert measured(one, config(), [half, nothing]) == measured(one, config(), [half])
+    with pytest.raises(ValueError, match="none of the first 64 images of data"):
+        measured(one, config(), [nothing])
+
+
+def test_figures_come_at_their_own_steps_from_one_rank_and_without_matplotlib_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, batches = model(), [global_batch()]
+    drawn = {
+        name for name, value in measured(one, config(), batches, step=10_000).items() if isinstance(value, Picture)
+    }
+    assert drawn == {"dispatch_curves", "combine_curves", "token_contribution", "expert_importance", "phi_similarity"}
+    assert not any(
+        isinstance(value, Picture | Histogram) for value in measured(one, config(), batches, step=200).values()
+    )
+    monkeypatch.setattr(evaluator, "can_draw", lambda: False)
+    watch = RoutingEvaluator(config(), batches, [1, 2], main=True)
+    for step in (10_000, 20_000):
+        state: Any = SimpleNamespace(engine=SimpleNamespace(device=torch.device("cpu"), module=one), step=step)
+        said = dict(watch.run(state))
+        assert sum(said["2/token_coverage_histogram"].counts) == 16 * 16
+        assert not any(isinstance(value, Picture) for value in said.values())
+    assert [record.message for record in caplog.records] == [
+        "evals.routing.pictures_every=50: matplotlib is not installed: pip install 'softmoe-train[pictures]'; nothing is drawn"
+    ]
+    others = RoutingEvaluator(config(), batches, [1, 2], main=False)
+    assert not any(isinstance(value, Picture | Histogram) for _, value in others.run(state))
