@@ -33,7 +33,7 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 NO_FILE = "no such file under conf/"
 # Mappings whose keys are a user's own names.
-OPEN = re.compile(r"evals\.\w+\.sets\.")
+OPEN = re.compile(r"evals\.\w+\.sets[.=]")
 HYDRA = re.compile(r"[+~]*hydra[./=]")
 Tree = dict[str, Any]
 
@@ -243,10 +243,12 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     else:
         value = parsed.value()
     here: Any = tree
-    opened = bool(OPEN.match(".".join(path)))
+    is_open = OPEN.match(f"{'.'.join(path)}.") is not None
     for part in above:
-        here = (here.setdefault(part, {}) if opened else here.get(part)) if isinstance(here, dict) else None
-    if not isinstance(here, dict) or (last not in here and not opened):
+        if is_open and isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here.get(part) if isinstance(here, dict) else None
+    if not isinstance(here, dict) or (last not in here and not is_open):
         return [_no_such_key(override, ".".join(path), _leaves(tree))]
     here[last] = value
     return []
@@ -309,7 +311,7 @@ def _chooses_group(override: str) -> bool:
 def _override_wording(override: str, error: Exception, chosen: list[str]) -> str:
     parsed = _parsed(override)
     if parsed is None:
-        return f"{override}: not an override; write key=value (quote values with spaces or commas)"
+        return f"{override.removeprefix('++')}: not an override; write key=value (quote values with spaces or commas)"
     if _chooses_group(override):
         folder = config_folder() / parsed.key_or_group
         options = sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))
@@ -352,7 +354,7 @@ def _path_in(location: tuple[int | str, ...], tree: Tree) -> tuple[int | str, ..
         if isinstance(here, list | dict) and (isinstance(here, list) or part in here):
             here = here[part]  # pyright: ignore[reportCallIssue, reportArgumentType]
             path.append(part)
-    return (*path, location[-1])
+    return (*path, *location[-1:])  # a rule of a whole record has no place
 
 
 def _unknown_key(location: tuple[int | str, ...], tree: Tree) -> str:

@@ -16,10 +16,11 @@ from softmoe_train.checkpoint.remote import place_of
 from softmoe_train.config import ConfigError, JsonOut, Record, Tree, compose, compose_onto
 from softmoe_train.data import Batch, Cursor, check_evaluated
 from softmoe_train.dist import World, control_group, pick_device, process_group
+from softmoe_train.evals.on_sets import FeatureEvaluator, feature_problems
 from softmoe_train.evals.settings import set_problems
 from softmoe_train.evaluators import build_evaluators
 from softmoe_train.loop import TrainState
-from softmoe_train.observe.figures import Figure
+from softmoe_train.observe.figures import Alarm, Figure
 from softmoe_train.run import build_engine, build_topology, index_shards
 from softmoe_train.settings import RunConfig, compute_problems, label_problems
 from softmoe_train.warm.settings import WarmConfig
@@ -126,8 +127,9 @@ def eval_problems(config: RunConfig, warm: WarmConfig, size: int, local_size: in
     if all(value is None for value in dict(config.evals).values()):
         problems.append("evals=[]: there is nothing to measure; choose some, as in evals=[upstream]")
     if config.evals.reads_test:
-        problems += check_evaluated(config.data, image_size=config.model.image_size)
-    problems += label_problems(config) + set_problems(config.evals, config.data, config.model)
+        problems += check_evaluated(config.data, image_size=config.model.image_size) + label_problems(config)
+        problems += set_problems(config.evals, config.data, config.model)
+    problems += feature_problems(config.evals.on_sets, config.model.image_size)
     misfits = warm_problems(warm, config.model, config.seed)
     problems += [problem.replace("warm.source", "ckpt") for problem in misfits]
     fresh = [] if misfits or config.evals.upstream is None else fresh_tensors(warm, config.model, config.seed)
@@ -156,10 +158,14 @@ def evaluate(asked: Measured, world: World) -> dict[str, float]:
         )
         index_shards(config, world, needs_train=False)
         state = TrainState(engine, asked.step, asked.images_seen, Cursor(0), wandb_id="")
+        evaluators = build_evaluators(config, world, lambda batches: _Shown(batches, world.main))
+        for one in evaluators.values():
+            if isinstance(one, FeatureEvaluator) and world.main:
+                print(one.told[0], flush=True)
         values: dict[str, float] = {}
-        for source, evaluator in build_evaluators(config, world, lambda batches: _Shown(batches, world.main)).items():
+        for source, evaluator in evaluators.items():
             for name, value in evaluator.run(state):
-                if not isinstance(value, Figure):
+                if not isinstance(value, Figure | Alarm):
                     values[f"{source}/{name}"] = float(value)
     return values
 

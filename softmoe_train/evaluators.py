@@ -1,13 +1,17 @@
 """This file owns which evaluators a run has: what its settings ask for, each built once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from softmoe_train.data import Batch, build_eval_stream
+from softmoe_train.data import Batch, SyntheticConfig, build_eval_stream
 from softmoe_train.dist import World
 from softmoe_train.evals.averaged import AveragedEvaluator
+from softmoe_train.evals.on_sets import FeatureEvaluator, FeatureSets
+from softmoe_train.evals.routing import FirstImages, RoutingConfig, RoutingEvaluator, parts_of
 from softmoe_train.evals.settings import upstream_sets
 from softmoe_train.evals.upstream import UpstreamEvaluator
 from softmoe_train.loop import Evaluator
+from softmoe_train.model.records import moe_blocks
+from softmoe_train.observe.log import SilentLog
 from softmoe_train.settings import RunConfig
 
 Over = Callable[[Iterable[Batch]], Iterable[Batch]]  # batches with a sign of life for each
@@ -35,6 +39,37 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
             for name, data in upstream_sets(config.evals, config.data).items()
         }
         evaluators["upstream"] = UpstreamEvaluator(config.evals.upstream, sets, config.loss, config.model.num_classes)
+    features = FeatureSets(config.evals.on_sets, image_size=config.model.image_size, world=world)
+    evaluators |= features.evaluators(over)
     if config.average is not None:
-        evaluators |= {f"{source}_average": AveragedEvaluator(live) for source, live in evaluators.items()}
+        # Of features those of the averaged weights are others, so these evaluators must not share with those above.
+        alike = {**evaluators, **features.evaluators(over)}
+        evaluators |= {f"{source}_average": AveragedEvaluator(one) for source, one in alike.items()}
+    if config.evals.routing is not None and config.model.has_experts:
+        routing, blocks = config.evals.routing, moe_blocks(config.model.moe.blocks, config.model.depth)
+        images = over(_first_images(config, routing, world))
+        evaluators["router"] = RoutingEvaluator(routing, images, blocks, main=world.main)
     return evaluators
+
+
+def tell(evaluators: Mapping[str, Evaluator], log: SilentLog) -> None:
+    """Log once what the evaluators of features measure on, so that two runs can prove that they used the same split."""
+    for source, one in evaluators.items():
+        if isinstance(one, FeatureEvaluator):
+            log.record(source, *one.told)
+
+
+def _first_images(config: RunConfig, routing: RoutingConfig, world: World) -> FirstImages:
+    """Read in this process: it is one batch."""
+    part, parts = parts_of(routing, config.model.group_images, world.size)
+    data = config.data
+    stream = build_eval_stream(
+        data if isinstance(data, SyntheticConfig) else data.model_copy(update={"workers": 0, "text": None}),
+        image_size=config.model.image_size,
+        num_classes=config.model.num_classes,
+        seed=config.seed,
+        batch_size=part * parts,
+        rank=world.rank,
+        world=world.size,
+    )
+    return FirstImages(stream, parts, routing.images)

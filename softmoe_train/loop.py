@@ -23,7 +23,7 @@ from softmoe_train.faults.bad_steps import NONE_YET, BadData, BadSteps, BadSteps
 from softmoe_train.faults.broken import NONE_BROKEN, BrokenSamples, BrokenWatch, Budget
 from softmoe_train.faults.step_watch import StepWatch
 from softmoe_train.model.routing import MEASURES
-from softmoe_train.observe.figures import Figure
+from softmoe_train.observe.figures import Alarm, Figure, Said
 from softmoe_train.observe.log import SilentLog
 from softmoe_train.observe.meter import Meter, StallWatch
 
@@ -94,8 +94,8 @@ class Evaluator(Protocol):
 
     every: int
 
-    def run(self, state: TrainState) -> Iterable[tuple[str, float | Figure]]:
-        """(set/measure, value) pairs, the same on every rank, and figures of rank 0; every rank must call it."""
+    def run(self, state: TrainState) -> Iterable[tuple[str, Said]]:
+        """(set/measure, value) pairs and alarms, the same on every rank, and figures of rank 0; every rank must call it."""
         ...
 
 
@@ -126,6 +126,7 @@ class Plan:
     bad_batches: BadBatches | None  # where bad steps are written down; None on all ranks but the first
     budget: Budget | None  # of broken samples; None for data that has none
     broken_file: Path | None  # where they are written down; None on all ranks but the first
+    moves_every: int  # at these steps it is told how far the update moves each expert; 0 never
     expert_blocks: Sequence[int]  # whose routers may tell something
     documents: Mapping[str, Any]  # saved beside the loop state: the resolved run, the stream's fingerprint
 
@@ -142,11 +143,11 @@ class StepReport(NamedTuple):
     grads: GradStats
 
 
-def train_step(engine: Engine, batch: Batch, lr: float, micro_batches: int) -> StepReport:
-    """Micro-batches through forward and backward, then one update."""
+def train_step(engine: Engine, batch: Batch, lr: float, micro_batches: int, *, moves: bool = False) -> StepReport:
+    """Micro-batches through forward and backward, then one update, with what it `moves` where that is asked."""
     parts = batch.split(micro_batches)
     losses = [engine.forward_backward(part, last=part is parts[-1]) for part in parts]
-    return StepReport(torch.stack(losses).sum(), engine.update(lr))
+    return StepReport(torch.stack(losses).sum(), engine.update(lr, moves=moves))
 
 
 def fit(
@@ -177,7 +178,8 @@ def fit(
             batch = next(batches)
         begin = state.cursor.position  # after `next`, which may pass over bad data
         lr = plan.learning_rate(state.step)
-        report = train_step(state.engine, batch.to(state.engine.device), lr, plan.micro_batches)
+        moves = _due(state.step + 1, plan.moves_every)
+        report = train_step(state.engine, batch.to(state.engine.device), lr, plan.micro_batches, moves=moves)
         meter.step(state.advance(batch.cursor))
         watch.see(state.step, begin, state.cursor.position, report.loss, report.grads.skipped)
         broken.see(batch)
@@ -189,7 +191,7 @@ def fit(
         last = state.step == plan.last
         due = {source: one for source, one in evaluators.items() if last or _due(state.step, one.every)}
         saves = last or asked or _due(state.step, plan.save_every)
-        reports = saves or _due(state.step, plan.report_every)
+        reports = saves or moves or _due(state.step, plan.report_every)
         # Before anything is said of this step: what a rollback takes back, from its last step on, nobody has heard of.
         if (reports or due or watch.full) and (too_much := _judge(state, watch)) is not None:
             return too_much
@@ -237,9 +239,12 @@ def _measure(state: TrainState, evaluators: Mapping[str, Evaluator], log: Silent
     for source, evaluator in evaluators.items():
         said = {f"{source}/{name}": value for name, value in evaluator.run(state)}
         figures = {name: value for name, value in said.items() if isinstance(value, Figure)}
-        values = {name: value for name, value in said.items() if not isinstance(value, Figure)}
+        values = {name: value for name, value in said.items() if not isinstance(value, Figure | Alarm)}
         log.report(state.step, state.images_seen, values)
         log.show(state.step, figures)
+        for alarm in said.values():
+            if isinstance(alarm, Alarm):
+                log.alert(alarm.title, alarm.text)
         measured |= values
     return measured
 
@@ -285,15 +290,20 @@ def _train_metrics(
     }
     metrics |= {name: count for name, count in counts.items() if count}
     metrics |= {f"data/{name}": value for name, value in stream.measures(state.cursor).items()}
-    return metrics | state.broken.measures() | _routing_metrics(plan.expert_blocks, report.grads.told)
+    return metrics | state.broken.measures() | _routing_metrics(plan.expert_blocks, report.grads)
 
 
-def _routing_metrics(blocks: Sequence[int], told: Tensor | None) -> dict[str, float]:
-    """What routers tell of the global batch: means over its groups, and the auxiliary losses of all blocks together."""
-    if told is None:
-        return {}
-    measures = [dict(zip(MEASURES, values, strict=True)) for values in sum_over_world(told.double()).tolist()]
-    metrics: dict[str, float] = {"train/auxiliary_loss": math.fsum(of.pop("auxiliary_loss") for of in measures)}
+def _routing_metrics(blocks: Sequence[int], grads: GradStats) -> dict[str, float]:
+    """What routers tell of the global batch: means over its groups, and the auxiliary losses of all blocks together; how far experts moved."""
+    metrics: dict[str, float] = {}
+    if grads.moved is not None:
+        for block, of in zip(blocks, grads.moved, strict=True):
+            measures = {"min": of.min(), "mean": of.mean(), "max": of.max()}
+            metrics |= {f"router/{block}/expert_update_{name}": value.item() for name, value in measures.items()}
+    if grads.told is None:
+        return metrics
+    measures = [dict(zip(MEASURES, values, strict=True)) for values in sum_over_world(grads.told.double()).tolist()]
+    metrics["train/auxiliary_loss"] = math.fsum(of.pop("auxiliary_loss") for of in measures)
     for block, of in zip(blocks, measures, strict=True):
         metrics |= {f"router/{block}/{name}": value for name, value in of.items()}
     return metrics

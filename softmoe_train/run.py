@@ -31,7 +31,7 @@ from softmoe_train.engine.deepspeed_engine import DeepSpeedEngine, build_deepspe
 from softmoe_train.engine.torch_engine import TorchEngine, build_torch_engine
 from softmoe_train.engine.weights import Materialise, with_values
 from softmoe_train.evals.settings import upstream_sets
-from softmoe_train.evaluators import build_evaluators
+from softmoe_train.evaluators import build_evaluators, tell
 from softmoe_train.faults.bad_batches import BadBatches
 from softmoe_train.faults.bad_steps import BadData, BadStepsError
 from softmoe_train.faults.broken import Budget
@@ -88,6 +88,7 @@ def train(config: RunConfig, world: World, startup: Startup | None = None) -> st
         log.message(_description(config, engine, topology))
         for told in _left_out(config, world):
             log.message(told)
+        tell(evaluators, log)
         saver = _saver(config, state, store, log)
         with _stop(config, world, began) as stop:
             watch.begin(state)
@@ -342,9 +343,16 @@ def _plan(config: RunConfig, stream: ImageStream, world: World) -> Plan:
         bad_batches=BadBatches(config.folder / "bad_batches.jsonl", stream) if world.main else None,
         budget=_budget(config),
         broken_file=config.folder / BROKEN_FILE if world.main else None,
+        moves_every=_moves_every(config),
         expert_blocks=moe_blocks(config.model.moe.blocks, config.model.depth),
         documents={"config": config.as_saved(), "stream": stream.fingerprint()},
     )
+
+
+def _moves_every(config: RunConfig) -> int:
+    """How often expert updates are told: where routers are looked at in mid-run."""
+    routing = config.evals.routing
+    return routing.every if routing is not None and routing.updates and config.model.has_experts else 0
 
 
 def _budget(config: RunConfig) -> Budget | None:

@@ -18,7 +18,9 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.settings import EvalsConfig, measured_every, set_problems
+from softmoe_train.evals.measures import measures_of
+from softmoe_train.evals.on_sets import feature_problems
+from softmoe_train.evals.settings import EvalsConfig, set_problems
 from softmoe_train.faults.bad_steps import BadStepsConfig
 from softmoe_train.faults.claim import owner
 from softmoe_train.model.loss import LossKind
@@ -150,6 +152,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         needs_test=config.evals.reads_test,
     )
     problems += label_problems(config) + set_problems(config.evals, config.data, config.model)
+    problems += feature_problems(config.evals.on_sets, config.model.image_size)
     return problems + (_folder_problems(config) or _resume_problems(config))
 
 
@@ -202,11 +205,13 @@ def _group_problems(config: RunConfig, size: int) -> list[str]:
     n, problems = config.model.group_images, []
     key = f"model.moe.sparse.group_images={n}"
     parts = size * config.micro_batches
-    batch, streams, upstream = config.batch_size, config.data.streams, config.evals.upstream
+    batch, streams = config.batch_size, config.data.streams
+    evaluated = {"upstream": config.evals.upstream, **config.evals.on_sets}
+    sizes = {f"evals.{source}.batch_size": one.batch_size for source, one in evaluated.items() if one is not None}
     # What does not divide into ranks is refused for that, whatever the groups.
     of_batch = batch // parts if batch % parts == 0 else n
     of_streams = streams // size if streams % size == 0 else n
-    legal = math.gcd(of_batch, of_streams, upstream.batch_size if upstream is not None else 0)
+    legal = math.gcd(of_batch, of_streams, *sizes.values())
     use = f"use {listed([d for d in range(1, legal + 1) if legal % d == 0])}"
     if of_batch % n:
         problems.append(
@@ -218,11 +223,11 @@ def _group_problems(config: RunConfig, size: int) -> list[str]:
             f"{key} does not divide the {of_streams} consecutive samples that each of {size} ranks has of data.streams={streams}; {use}, or "
             f"streams that are a multiple of {size * n}"
         )
-    if upstream is not None and upstream.batch_size % n:
-        problems.append(
-            f"{key} does not divide evals.upstream.batch_size={upstream.batch_size}; {use}, or a multiple of {n} there"
-        )
-    return problems
+    return problems + [
+        f"{key} does not divide {where}={size}; {use}, or a multiple of {n} there"
+        for where, size in sizes.items()
+        if size % n
+    ]
 
 
 def _void_problems(config: RunConfig) -> list[str]:
@@ -257,16 +262,15 @@ def _best_problems(config: RunConfig) -> list[str]:
     best = config.checkpoint.best
     if best is None:
         return []
-    known = measured_every(config.evals, config.model, averaged=config.average is not None)
-    metric = metric_of(best)
-    if metric not in known:
-        some = ", ".join(list(known)[:6])
+    known = measures_of(config.evals, config.model.num_classes, averaged=config.average is not None)
+    if metric_of(best) not in known:
+        some = ", ".join(list(known)[:24])
         remedy = f"use one of {some}" if known else "no evaluator is on (evals=[upstream]); use null"
-        return [f"checkpoint.best={best}: nothing measures {metric}; {remedy}"]
-    if not 0 < math.lcm(known[metric], config.checkpoint.every) < config.steps:
-        source = metric.partition("/")[0].removesuffix("_average")
+        return [f"checkpoint.best={best}: nothing measures {metric_of(best)}; {remedy}"]
+    source, steps = known[metric_of(best)]
+    if not 0 < math.lcm(steps, config.checkpoint.every) < config.steps:
         return [
-            f"checkpoint.best={best}: it is measured every {known[metric]} steps and checkpoints are made every "
+            f"checkpoint.best={best}: it is measured every {steps} steps and checkpoints are made every "
             f"{config.checkpoint.every} (0: only at the end), so no step before the last of steps={config.steps} has both; use "
             f"evals.{source}.every and checkpoint.every that meet, or null"
         ]

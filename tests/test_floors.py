@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "softmoe_train"
 FLOORS = {
     "config": -1, "dist": -1, "redact": -1, "plain": -1, "stores": -1,
-    "model": 0, "data": 0, "optim": 0, "observe": 0,
+    "model": 0, "data": 0, "optim": 0, "observe": 0, "drawing": 0,
     "parallel": 1, "faults": 1, "launching": 1, "shards": 1,
     "engine": 2, "checkpoint": 2,
     "loop": 3,
@@ -21,6 +21,7 @@ FLOORS = {
     "resume": 4.7,  # from which checkpoint run.py goes on
     "evaluators": 4.6,  # those that the settings ask for, for run.py and evaluate.py
     "run": 5, "worlds": 5,
+    "portrait": 5.5,  # the routers of a checkpoint, over pictures
     "evaluate": 5.5,  # a checkpoint measured by the evaluators of a run
     "plan": 5.5,  # a run assembled by run.py, on shapes alone; what counts bytes serves the floor above too
     "parity": 6, "bench": 6, "sweep": 6, "report": 6,
@@ -28,7 +29,7 @@ FLOORS = {
 }  # fmt: skip
 NO_DIST = ("model", "data", "optim")  # ranks and sizes arrive as arguments
 OPTIONAL = {"wandb": "observe", "webdataset": "data shards bench", "pyarrow": "shards", "hydra": "config", "omegaconf": "config", "deepspeed": "engine",
-    "fsspec": "stores", "matplotlib": "bench shards report", "jinja2": "report", "soft_moe_pytorch": "bench", "soft_mixture_of_experts": "bench",
+    "fsspec": "stores", "matplotlib": "bench shards report drawing", "jinja2": "report", "soft_moe_pytorch": "bench", "soft_mixture_of_experts": "bench",
 }  # fmt: skip
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 

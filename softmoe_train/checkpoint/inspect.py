@@ -1,9 +1,9 @@
 """This file owns what a checkpoint tells of itself: its JSON read once, sizes by kind and by file, and a document for programs."""
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 
 from softmoe_train.checkpoint.agreement import CheckpointError
 from softmoe_train.checkpoint.difference import Difference, difference
@@ -43,12 +43,22 @@ class InspectConfig(OfCheckpoint):
 
     verify: bool  # read every byte and compare its hash
     against: str | None  # another run or step folder, or a URL of one
+    routing: bool  # look at the routers over pictures, and draw what they do
+    images: str | list[str] | None  # shards of those pictures; null: the run's data.test
+    count: Annotated[int, Field(ge=1)]  # how many of them, the first
+    pictures: Annotated[str, Field(min_length=1)]  # the folder for PNG files
     out: JsonOut
 
     @field_validator("against")
     @classmethod
     def _there(cls, against: str | None) -> str | None:
         return against if against is None else found("against", against)
+
+    @model_validator(mode="after")
+    def _images_are_for_routing(self) -> Self:
+        if self.images is not None and not self.routing:
+            raise ValueError(f"images={self.images} is for routing=true; add it, or leave images out")
+        return self
 
 
 def found(key: str, folder: str) -> str:

@@ -1,10 +1,14 @@
 """This file owns the assembly of streams from a data configuration, and every check that needs no shard to be read."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from softmoe_train.data.batch import ImageStream
 from softmoe_train.data.catalog import Catalog
 from softmoe_train.data.labels import build_labels, check_labels
 from softmoe_train.data.mixup import Mixup
 from softmoe_train.data.places import check_places, names_url
+from softmoe_train.data.pool import Pool
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import DataConfig, SyntheticConfig, TransformConfig, WebDatasetConfig
 from softmoe_train.data.remote import Remote, check_cache
@@ -100,9 +104,44 @@ def build_eval_stream(
             catalog = Catalog(Remote(cfg.cache))
             source = indexed(NamedSpec("data.test", cfg.test), build_rules(cfg), catalog)
             reader = _reader(cfg, catalog, source, num_classes)
-            pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None, False)
-            decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken, False)
-            return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
+            return _one_pass(
+                cfg, reader, image_size=image_size, seed=seed, batch_size=batch_size, rank=rank, world=world
+            )
+
+
+def build_pool_stream(
+    cfg: WebDatasetConfig,
+    pool: Pool,
+    numbers: NDArray[np.int64],
+    *,
+    image_size: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+) -> EvalStream:
+    """One pass of `rank` over these samples of a pool (ascending numbers), as held-out images are read: image i is the i-th of them.
+
+    Labels are not read again, and are -1 in its batches.
+    """
+    source = pool.narrowed(numbers)
+    kept = [one.kept for one in source.chosen]
+    reader = SampleReader(source.shards, pool.catalog, labels=None, text=None, max_pixels=cfg.max_pixels, kept=kept)
+    return _one_pass(cfg, reader, image_size=image_size, seed=0, batch_size=batch_size, rank=rank, world=world)
+
+
+def _one_pass(
+    cfg: WebDatasetConfig,
+    reader: SampleReader,
+    *,
+    image_size: int,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+) -> EvalStream:
+    pictures = Pictures(reader, build_transform(cfg.test_transform, image_size), image_size, seed, None, False)
+    decoding = Decoding(cfg.workers, cfg.prefetch, cfg.max_broken, False)
+    return EvalStream(pictures, decoding, batch_size=batch_size, rank=rank, world=world)
 
 
 def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: int, needs_test: bool) -> list[str]:

@@ -3,7 +3,8 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from softmoe_train.config import Record
 
@@ -14,6 +15,16 @@ ShardSpec = str | list[str]
 LabelKind = Literal["hard", "multi_hot", "none"]
 
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_RATIO = re.compile(r"[1-9][0-9]{0,3}/[1-9][0-9]{0,3}")
+
+
+def _pixels_or_ratio(value: object) -> object:
+    if value is None or (type(value) is int and value > 0) or (isinstance(value, str) and _RATIO.fullmatch(value)):
+        return value
+    raise PydanticCustomError("side", "input should be pixels (1 or more), a ratio to the image size as 8/7, or null")
+
+
+Side = Annotated[int | str | None, BeforeValidator(_pixels_or_ratio)]
 
 
 class InceptionCrop(Record):
@@ -60,12 +71,20 @@ class ResizeCentralCrop(Record):
 class Resize(Record):
     """A bilinear resize to a square of `resize` pixels, whatever the aspect, then the central square.
 
-    `resize: null` means the image size itself; where the picture has that size already, it stays exactly as it is.
+    `resize: null` means the image size itself; where the picture has that size already, it stays exactly as it is. A ratio, as `8/7`,
+    is of the image size.
     """
 
     kind: Literal["resize"]
-    resize: PositiveInt | None
+    resize: Side
     antialias: bool
+
+    def side(self, image_size: int) -> int:
+        """The square that the central one is cut from, in pixels."""
+        if isinstance(self.resize, str):
+            above, below = map(int, self.resize.split("/"))
+            return (2 * above * image_size + below) // (2 * below)  # to the nearest, in whole numbers
+        return self.resize or image_size
 
 
 TransformConfig = Annotated[InceptionCrop | PaddedCrop | ResizeCentralCrop | Resize, Field(discriminator="kind")]

@@ -58,12 +58,19 @@ def may_scale(cfg: TransformConfig) -> bool:
 
 def check_transform(cfg: TransformConfig, image_size: int, *, key: str) -> list[str]:
     """What is wrong with `cfg` for square images of `image_size` pixels; `key` names it in the message."""
-    if isinstance(cfg, (Resize, ResizeCentralCrop)) and cfg.resize is not None and cfg.resize < image_size:
-        return [
-            f"{key}.resize={cfg.resize} is below the image size {image_size}: the central crop is cut out of the "
-            f"resized picture; use {image_size} or more."
-        ]
-    return []
+    match cfg:
+        case Resize():
+            side = cfg.side(image_size)
+        case ResizeCentralCrop():
+            side = cfg.resize
+        case _:
+            return []
+    if side >= image_size:
+        return []
+    more = f"{image_size} or more" if isinstance(cfg.resize, int) else "a ratio of 1/1 or more"
+    return [
+        f"{key}.resize={cfg.resize} is below the image size {image_size}: the central crop is cut out of the resized picture; use {more}."
+    ]
 
 
 def sample_crop(height: int, width: int, cfg: InceptionCrop, draws: Draws) -> tuple[int, int, int, int]:
@@ -192,7 +199,7 @@ def _resize_central_crop(picture: Encoded, _: Draws, out: Planes, cfg: ResizeCen
 
 
 def _resize(picture: Encoded, _: Draws, out: Planes, cfg: Resize, side: int) -> None:
-    _write(out, _central(resize_bilinear(picture.pixels(), cfg.resize or side, antialias=cfg.antialias), side))
+    _write(out, _central(resize_bilinear(picture.pixels(), cfg.side(side), antialias=cfg.antialias), side))
 
 
 def _as_planes(picture: Picture) -> torch.Tensor:

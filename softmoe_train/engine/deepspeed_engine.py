@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_process_group_ranks
+from torch.distributed import get_process_group_ranks, get_world_size
 from torch.distributed.tensor import DTensor
 
 from softmoe_train.data.batch import Batch
@@ -33,6 +33,7 @@ from softmoe_train.parallel.compile import compile_blocks
 from softmoe_train.parallel.exchange import build_exchange
 from softmoe_train.parallel.experts import shard_experts
 from softmoe_train.parallel.grads import clip_, grad_norm
+from softmoe_train.parallel.moves import ExpertMoves
 from softmoe_train.parallel.recompute import recompute
 from softmoe_train.parallel.topology import Topology
 
@@ -65,6 +66,7 @@ class DeepSpeedEngine:
         self.objective = Objective(module.config, loss, global_batch, seed, self.device)
         self.local = {name: p.detach() for name, p in module.named_parameters()}
         self.parameters = self._placed(self.local)
+        self.moves = ExpertMoves(self.parameters, get_world_size())
         self.average = WeightAverage(average, self.local) if average is not None else None
 
     def forward_backward(self, batch: Batch, *, last: bool) -> Tensor:
@@ -83,7 +85,7 @@ class DeepSpeedEngine:
         return self._placed(self.held.gradients())
 
     @torch.no_grad()
-    def update(self, lr: float) -> GradStats:
+    def update(self, lr: float, *, moves: bool = False) -> GradStats:
         """Clip by the global norm, step, gather the weights. A norm or a loss that is not finite makes it a no-op, decided on the device."""
         parts, copies = self.held.gradient_parts()
         norm = grad_norm(parts, copies, self.objective.minimised)
@@ -93,8 +95,11 @@ class DeepSpeedEngine:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.found_inf = skipped  # what GradScaler sets
+        if moves:
+            self.moves.before()
         self.wrapped.step()
-        stats = GradStats(norm.to(self.device), skipped.to(self.device), self.objective.told)
+        moved = self.moves.after() if moves else None
+        stats = GradStats(norm.to(self.device), skipped.to(self.device), self.objective.told, moved)
         self.objective.forget()
         if self.average is not None:
             self.average.update(self.local, stats.skipped)

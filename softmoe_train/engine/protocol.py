@@ -16,6 +16,7 @@ class GradStats(NamedTuple):
     skipped: Tensor  # 1.0 where the norm was not finite and the update was a no-op
     # "L M", what routers tell (routing.MEASURES): this rank's share of the means over the global batch.
     told: Tensor | None
+    moved: Tensor | None  # "L E", |update| / |weights| of each expert, the same on every rank; where that was asked for
 
 
 class Engine(Protocol):
@@ -33,8 +34,8 @@ class Engine(Protocol):
         """After the last `forward_backward` and before `update`: the summed gradients of the global batch by name, unclipped."""
         ...
 
-    def update(self, lr: float) -> GradStats:
-        """Reduce, clip, step, and forget the gradients."""
+    def update(self, lr: float, *, moves: bool = False) -> GradStats:
+        """Reduce, clip, step, and forget the gradients. With `moves` tell how far experts move: a copy of them for as long as it takes."""
         ...
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -26,6 +26,7 @@ from softmoe_train.parallel.experts import shard_experts
 from softmoe_train.parallel.fsdp import shard_fully
 from softmoe_train.parallel.grads import GradReducer, clip_, copies_of, grad_norm
 from softmoe_train.parallel.layout import ParallelConfig
+from softmoe_train.parallel.moves import ExpertMoves
 from softmoe_train.parallel.recompute import recompute
 from softmoe_train.parallel.topology import Topology
 
@@ -54,6 +55,7 @@ class TorchEngine:
         self.parameters = dict(module.named_parameters())
         self.local = {name: local_values(p) for name, p in self.parameters.items()}
         self.reducer = GradReducer(self.parameters.values(), topology)
+        self.moves = ExpertMoves(self.parameters, topology.size)
         self.copies = copies_of(list(self.parameters.values()), topology.size)
         shapes = {name: p.shape for name, p in self.parameters.items()}
         self.optimizer = build_optimizer(optim, self.local, shapes, DimSums(self.parameters))
@@ -82,7 +84,7 @@ class TorchEngine:
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     @torch.no_grad()
-    def update(self, lr: float) -> GradStats:
+    def update(self, lr: float, *, moves: bool = False) -> GradStats:
         """Reduce, clip by the global norm, step. A norm or a loss that is not finite makes it a no-op, decided on the device."""
         gradients = self.gradients()
         norm = grad_norm(list(gradients.values()), self.copies, self.objective.minimised)
@@ -93,10 +95,12 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue] (what GradScaler sets)
+        if moves:
+            self.moves.before()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.module.zero_grad()
-        stats = GradStats(norm, skipped, self.objective.told)
+        stats = GradStats(norm, skipped, self.objective.told, self.moves.after() if moves else None)
         self.objective.forget()
         if self.average is not None:
             self.average.update(self.local, skipped)

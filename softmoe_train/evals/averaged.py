@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from softmoe_train.loop import Evaluator, TrainState
-from softmoe_train.observe.figures import Figure
+from softmoe_train.observe.figures import Said
 
 
 class AveragedEvaluator:
@@ -13,7 +13,7 @@ class AveragedEvaluator:
         self.every = evaluator.every
         self.evaluator = evaluator
 
-    def run(self, state: TrainState) -> Iterator[tuple[str, float | Figure]]:
+    def run(self, state: TrainState) -> Iterator[tuple[str, Said]]:
         """The other's values; needs an engine that averages."""
         with state.engine.averaged():
             values = list(self.evaluator.run(state))  # all before the weights return

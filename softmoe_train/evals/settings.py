@@ -2,6 +2,12 @@
 
 from softmoe_train.config import ConfigError, Record, parse
 from softmoe_train.data import DataConfig, SyntheticConfig, WebDatasetConfig, check_evaluated, check_labels
+from softmoe_train.evals.fewshot import FewshotConfig
+from softmoe_train.evals.knn import KnnConfig
+from softmoe_train.evals.on_sets import feature_configs
+from softmoe_train.evals.probe import ProbeConfig
+from softmoe_train.evals.routing import RoutingConfig
+from softmoe_train.evals.sets import SetsConfig
 from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.model.records import ModelConfig
 
@@ -10,22 +16,20 @@ class EvalsConfig(Record):
     """The evaluators of a run; null leaves one out."""
 
     upstream: UpstreamConfig | None
+    fewshot: FewshotConfig | None
+    knn: KnnConfig | None
+    probe: ProbeConfig | None
+    routing: RoutingConfig | None
+
+    @property
+    def on_sets(self) -> dict[str, SetsConfig]:
+        """Those that measure features on sets of their own, by source."""
+        return feature_configs(self.fewshot, self.knn, self.probe)
 
     @property
     def reads_test(self) -> bool:
         """Whether any of them reads `data.test`."""
-        return self.upstream is not None
-
-
-def measured_every(evals: EvalsConfig, model: ModelConfig, *, averaged: bool) -> dict[str, int]:
-    """Each metric that a run's evaluators measure at every of their evaluations, and every how many steps that is."""
-    known: dict[str, int] = {}
-    if evals.upstream is not None:
-        known |= {f"upstream/{name}": evals.upstream.every for name in evals.upstream.measures(model.num_classes)}
-    if averaged:
-        of_average = {name.partition("/"): every for name, every in known.items()}
-        known |= {f"{source}_average/{name}": every for (source, _, name), every in of_average.items()}
-    return known
+        return self.upstream is not None or self.routing is not None
 
 
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:

@@ -15,12 +15,15 @@ from softmoe_train.model.expert_mlp import Dropout, expert_mlp, gated_hidden
 from softmoe_train.model.init import InitRule, normal, xavier_uniform
 from softmoe_train.model.keyed import keys_at, keys_within
 from softmoe_train.model.records import MoEConfig
-from softmoe_train.model.routing import SoftRouter
+from softmoe_train.model.routing import Routing, SoftRouter
 from softmoe_train.model.soft_ablations import AblatedSoftRouter, IdentityRouter
-from softmoe_train.model.sparse import ExpertsChoiceRouter, TokensChoiceRouter
+from softmoe_train.model.sparse import ExpertsChoiceRouter, SparseRouting, TokensChoiceRouter
 
 # Makes "e N D" of the rows "e N D" of local experts, and of keys "e R·G", one for each routing group of each expert, or None.
 Compute = Callable[[Tensor, Tensor | None], Tensor]
+Seen = list[
+    Routing | SparseRouting
+]  # what routers decided, by block with experts: for whoever looks, outside of training
 
 
 @runtime_checkable
@@ -114,15 +117,19 @@ class MoE(nn.Module):
         x: Float[Tensor, "B T D"],
         keys: Int64[Tensor, " B"] | None = None,
         real: Bool[Tensor, " B"] | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " M"] | None]:
         """The tokens after their experts, and what the router tells (`routing.MEASURES`, summed over groups); None if nothing.
 
         A routing group is `group_images` consecutive images; B is a multiple of it. `keys`, one an image, are what noise and
         dropout are derived from; None, in evaluation, means none. Images that are not `real`, if any are not, take no slot from others.
+        Where it is `seen`, what the router decided is added there.
         """
         tokens = x.reshape(-1, self.config.group_images * x.shape[1], x.shape[2])
         # Where nothing competes, an image is a group of its own whether it is real or not.
         routing = self.router(tokens, keys, real) if self.config.is_sparse else self.router(tokens, keys)
+        if seen is not None:
+            seen.append(routing)
         # Of the images of a group the first stands for all: groups begin at fixed global samples.
         of_groups = None if keys is None else keys[:: self.config.group_images]
         outputs = self.experts(routing.slots, self.exchange, of_groups)

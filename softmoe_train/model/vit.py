@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softmoe_train.model.init import InitRule, constant, normal, zeros
 from softmoe_train.model.keyed import keys_at
 from softmoe_train.model.layers import Attention, LayerNorm, Linear, Mlp, PatchEmbed
-from softmoe_train.model.moe import MoE
+from softmoe_train.model.moe import MoE, Seen
 from softmoe_train.model.records import ModelConfig, moe_blocks
 
 Pixels = UInt8[Tensor, "B 3 Y X"] | Float[Tensor, "B 3 Y X"]
@@ -43,13 +43,13 @@ class Block(nn.Module):
         self.has_experts = has_experts
 
     def forward(
-        self, x: Float[Tensor, "B T D"], keys: Keys | None = None, real: Real | None = None
+        self, x: Float[Tensor, "B T D"], keys: Keys | None = None, real: Real | None = None, seen: Seen | None = None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " M"] | None]:
         """x + attention, then x + MLP or MoE; and what the router tells."""
         x = x + self.attn(self.norm1(x))
         if not self.has_experts:
             return x + self.mlp(self.norm2(x)), None
-        mixed, told = self.moe(self.norm2(x), keys, real)
+        mixed, told = self.moe(self.norm2(x), keys, real, seen)
         return x + mixed, told
 
 
@@ -87,7 +87,7 @@ class ViT(nn.Module):
         return {"position": InitRule(normal(self.config.position_std))}
 
     def features(
-        self, images: Pixels, keys: Keys | None = None, real: Real | None = None
+        self, images: Pixels, keys: Keys | None = None, real: Real | None = None, seen: Seen | None = None
     ) -> tuple[Float[Tensor, "B D"], list[Tensor]]:
         """What the head sees, and what each router that tells something tells.
 
@@ -100,14 +100,16 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             # Of the block: so blocks of one shape stay one graph under torch.compile.
             own = keys_at(keys, f"blocks.{i}") if keys is not None and self.draws else None
-            x, told = block(x, own, real)
+            x, told = block(x, own, real, seen)
             if told is not None:
                 all_told.append(told)
         return self.norm(x).mean(dim=1), all_told
 
-    def forward(self, images: Pixels, keys: Keys | None = None, real: Real | None = None) -> Predictions:
-        """Class logits of each image; `keys` in training, None in evaluation, where some images may not be `real`."""
-        features, told = self.features(images, keys, real)
+    def forward(
+        self, images: Pixels, keys: Keys | None = None, real: Real | None = None, seen: Seen | None = None
+    ) -> Predictions:
+        """Class logits of each image; `keys` in training, None in evaluation, where some images may not be `real`, and routers may be `seen`."""
+        features, told = self.features(images, keys, real, seen)
         return Predictions(self.head(features), torch.stack(told) if told else None)
 
 

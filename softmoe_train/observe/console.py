@@ -53,11 +53,16 @@ def format_report(step: int, total_steps: int, metrics: Mapping[str, float], eta
 
 def _shown(metrics: Mapping[str, float]) -> list[str]:
     """The metrics of a report that have a place in its line."""
-    shown = [name for name in metrics if source_of(name) in SHOWN]
+    shown = list(filter(is_shown, metrics))
     judging = [name for name in shown if source_of(name) == FEWSHOT.source and name.endswith(f"/{FEWSHOT.measure}")]
     shown = [name for name in shown if source_of(name) != FEWSHOT.source or name in judging or not judging]
     measured = [name for name in shown if source_of(name) in MEASURED]
     return [name for name in shown if name not in measured[MOST:]]
+
+
+def is_shown(name: str) -> bool:
+    """Whether a metric is for the console."""
+    return source_of(name) in SHOWN
 
 
 class Console:
@@ -77,7 +82,7 @@ class Console:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print one report and move the bar."""
         eta = self._seconds_to_go(step)
-        if self._lines:
+        if self._lines and any(is_shown(name) or name.startswith("perf/") for name in metrics):
             self._print(format_report(step, self._total_steps, metrics, eta))
         if self._progress is not None:
             facts = []

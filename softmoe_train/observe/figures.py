@@ -1,4 +1,4 @@
-"""This file owns what an evaluator may show beside numbers: pictures and histograms, in memory until a log takes them."""
+"""This file owns what an evaluator may show or say beside numbers: pictures and histograms, in memory until a log takes them, and alarms."""
 
 from typing import NamedTuple
 
@@ -17,4 +17,12 @@ class Histogram(NamedTuple):
     edges: list[float]
 
 
+class Alarm(NamedTuple):
+    """What people should hear of although nobody watches."""
+
+    title: str
+    text: str
+
+
 Figure = Picture | Histogram
+Said = float | Figure | Alarm

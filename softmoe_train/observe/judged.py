@@ -6,23 +6,23 @@ from typing import Literal, NamedTuple
 
 
 class Number(NamedTuple):
-    """One of the three: a measure on one set, or where `only` is none its mean over the sets on which it was taken."""
+    """One of the three: the mean of a measure over the sets on which it was taken, or over the one that `of` names."""
 
     title: str
     source: str
     measure: str
-    only: str | None
+    of: str | None = None
 
     def metrics(self, names: Iterable[str]) -> dict[str, str]:
         """Those of `names` that it is the mean of, by set."""
         found = (name.split("/") for name in names)
-        sets = {parts[1]: "/".join(parts) for parts in found if [parts[0], *parts[2:]] == [self.source, self.measure]}
-        return {name: metric for name, metric in sets.items() if self.only in (None, name)}
+        ours = (parts for parts in found if [parts[0], *parts[2:]] == [self.source, self.measure])
+        return {parts[1]: "/".join(parts) for parts in ours if self.of in (None, parts[1])}
 
 
-UPSTREAM = Number("held-out top-1", "upstream", "top1", only="test")
-FEWSHOT = Number("few-shot 10", "fewshot", "10shot", only=None)
-FINETUNE = Number("fine-tune top-1", "finetune", "top1", only=None)
+UPSTREAM = Number("held-out top-1", "upstream", "top1", of="test")
+FEWSHOT = Number("few-shot 10", "fewshot", "10shot")
+FINETUNE = Number("fine-tune top-1", "finetune", "top1")
 NUMBERS = (UPSTREAM, FEWSHOT, FINETUNE)
 MEASURED = (
     "upstream",
@@ -33,7 +33,7 @@ MEASURED = (
     "zeroshot",
 )  # sources that judge a model; also with _average
 HIGHER = re.compile(r"top\d+|\d+shot|accuracy")
-LOWER = re.compile(r"loss|calibration_error")
+LOWER = re.compile(r"loss|ece|calibration")
 
 
 def source_of(metric: str) -> str:

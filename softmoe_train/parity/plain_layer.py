@@ -27,12 +27,12 @@ class Followed:
 
 
 def plain_layer(
-    layer: MoE, wire: torch.dtype | None, followed: Followed, x: Tensor, keys: Tensor | None, real: None
+    layer: MoE, wire: torch.dtype | None, followed: Followed, x: Tensor, keys: Tensor | None, real: None, seen: None
 ) -> tuple[Tensor, Tensor | None]:
     """What `layer` should compute of x ("B T D"), from its settings and weights only (paper Algorithm 1 and 2, paper.md 4).
 
     None of the layer's own code runs: not its products, its backward or its exchange. `wire` is what slots are rounded to on
-    their way. All images of a proof are real.
+    their way. All images of a proof are real, and nobody looks on.
     """
     images, told = x, None
     if layer.config.is_sparse:

@@ -84,7 +84,7 @@ def bad_steps(**changes: Any) -> BadStepsConfig:
 def plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "steps": 6, "stop_after": None, "micro_batches": 2, "learning_rate": lambda _: 0.01, "report_every": 1,
-        "save_every": 0, "best": None, "bad_steps": bad_steps(), "bad_batches": None, "expert_blocks": [1, 2], "documents": {},
+        "save_every": 0, "best": None, "bad_steps": bad_steps(), "bad_batches": None, "expert_blocks": [1, 2], "moves_every": 0, "documents": {},
         "budget": None, "broken_file": None,
     }  # fmt: skip
     return Plan(**{**values, **changes})
@@ -233,9 +233,9 @@ class Recorder:
         self.calls.append((len(batch), last))
         return self.engine.forward_backward(batch, last=last)
 
-    def update(self, lr: float) -> Any:
+    def update(self, lr: float, *, moves: bool) -> Any:
         self.calls.append(lr)
-        return self.engine.update(lr)
+        return self.engine.update(lr, moves=moves)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)

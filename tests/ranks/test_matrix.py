@@ -185,7 +185,9 @@ def prove_seeds(rank: int, world: int, more: list[str]) -> list[tuple[int, str, 
     return failing
 
 
-@pytest.mark.parametrize("more", ODD.values(), ids=ODD)
+@pytest.mark.parametrize(
+    "more", [pytest.param(more, marks=[pytest.mark.full] * (name == "deeper")) for name, more in ODD.items()], ids=ODD
+)
 def test_what_is_right_holds_at_any_seed_and_shape(more: list[str]) -> None:
     assert run_ranks(prove_seeds, 2, more)[0] == []
 

@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.life import Life
 from tests.runs import with_digits
 from tests.same_run import keys_by_name
@@ -20,6 +22,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.full  # of real runs; test_elastic_stream has streams of its own in CI
 def test_each_sample_comes_once_an_epoch_through_three_sizes_of_batch(tmp_path: Path) -> None:
     folder, numbered, position = with_digits(tmp_path), {}, 0
     names = keys_by_name(folder)

@@ -44,11 +44,11 @@ def test_two_processes_hold_and_programs_can_read_it(tmp_path: Path) -> None:
     ("fault", "ranks", "layout", "first"),
     [
         ("upscaled", 1, [], "update 2: weights "),
-        ("undecayed", 1, ["precision=bfloat16"], "update 1: weights "),
-        ("forgetful", 1, [], "update 2: weights "),
+        pytest.param("undecayed", 1, ["precision=bfloat16"], "update 1: weights ", marks=pytest.mark.full),
+        pytest.param("forgetful", 1, [], "update 2: weights ", marks=pytest.mark.full),
         ("rounded", 1, ["precision=bfloat16"], "routing blocks.1.moe.router is off by "),
-        ("permuted", 2, [], "gradients blocks.1.moe.router."),
-        ("drifted", 2, [], "update 1: weights, copies norm.bias is off by 1.0e+00"),
+        pytest.param("permuted", 2, [], "gradients blocks.1.moe.router.", marks=pytest.mark.full),
+        pytest.param("drifted", 2, [], "update 1: weights, copies norm.bias is off by 1.0e+00", marks=pytest.mark.full),
         ("swapped", 2, [], "gradients head.bias is off by"),
         (
             "averaged",

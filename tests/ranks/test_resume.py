@@ -46,7 +46,7 @@ def copy_of(run: Path, name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+@pytest.mark.parametrize("sharding", [pytest.param("replicated", marks=pytest.mark.full), "fsdp"])
 def test_ten_and_ten_steps_equal_twenty_bit_for_bit(
     folder: Path, sharding: str, request: pytest.FixtureRequest
 ) -> None:
@@ -65,7 +65,13 @@ def test_ten_and_ten_steps_equal_twenty_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "axis", "sharding"), [(2, 1, "replicated"), (4, 4, "replicated"), (4, 2, "fsdp"), (1, 1, "replicated")]
+    ("ranks", "axis", "sharding"),
+    [
+        (2, 1, "replicated"),
+        pytest.param(4, 4, "replicated", marks=pytest.mark.full),
+        (4, 2, "fsdp"),
+        (1, 1, "replicated"),
+    ],
 )
 def test_another_layout_continues_the_same_losses(
     whole: Path, half: Path, ranks: int, axis: int, sharding: str
@@ -75,6 +81,7 @@ def test_another_layout_continues_the_same_losses(
     compare(whole, moved, f"2 ranks, axis 2 -> {ranks} ranks, axis {axis}, {sharding}")
 
 
+@pytest.mark.full
 def test_experts_gathered_in_one_place_can_be_spread(folder: Path, whole: Path) -> None:
     go(folder, "gathered", 2, 1, "stop_after=10")
     compare(whole, go(folder, "gathered", 2, 2), "2 ranks, axis 1 -> 2 ranks, axis 2, replicated")
