@@ -33,7 +33,7 @@ MEASURED = (
     "zeroshot",
 )  # sources that judge a model; also with _average
 HIGHER = re.compile(r"top\d+|\d+shot|accuracy")
-LOWER = re.compile(r"loss|ece|calibration")
+LOWER = re.compile(r"loss|calibration_error")
 
 
 def source_of(metric: str) -> str:

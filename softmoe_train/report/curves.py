@@ -14,6 +14,7 @@ from softmoe_train.report.rows import Row, mean_of_curves, spread_of, thinned
 from softmoe_train.report.words import of_metric
 
 MOST_FIGURES = 80
+BANDS = 12  # rows; of more they would hide the curves
 IN_WORDS = 8  # rows whose last values are told to those who do not see the curves
 BLOCK = re.compile(r"router/[^/]+/(.+)")
 
@@ -77,7 +78,8 @@ def _figure(name: str, rows: Sequence[Row], looks: Sequence[Look], x: str) -> Fi
         if mean is None:  # seeds that have no step in common are drawn one by one
             beside += curves
             mean = (Curve(*np.full((3, 1), np.nan)), None)
-        lines.append(Line(look, *mean, [thinned(curve) for curve in beside]))
+        curve, deviation = mean
+        lines.append(Line(look, curve, deviation if len(rows) <= BANDS else None, [thinned(one) for one in beside]))
         shown = spread_of(curve.last / (100 if better(name) == "max" else 1) for curve in curves)
         if shown is not None:
             last.append(f"{row.label}: {of_metric(name, shown)}")

@@ -19,7 +19,7 @@ from softmoe_train.observe.judged import Number
 from softmoe_train.observe.run_files import Line, whole_line
 from softmoe_train.plain import plain
 
-TRAINING_LINES = 2000  # of a run, evenly spread, and the last one: a curve on a screen shows no more
+TRAINING_LINES = 1000  # of a run, evenly spread, and the last one: a curve on a screen shows no more
 MOST_METRICS = 2000
 LARGEST_TEXT = 4 * 2**20  # bytes of summary.json or config.yaml
 LARGEST_METRICS = 4 * 2**30

@@ -18,7 +18,7 @@ from softmoe_train.report.read import Curve, RunRead
 # A run goes on with its data moved; two runs whose data lie in two places are taken for two kinds.
 PLACES = {"data.train", "data.test", "data.classes", "data.quarantine"}
 IN_A_LABEL = 4  # settings; above that a row is called by its runs
-POINTS = 400  # of a curve
+POINTS = 200  # of a curve
 
 
 class Spread(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from softmoe_train.observe.judged import NUMBERS, Number, better, source_of
 from softmoe_train.plain import plain
-from softmoe_train.report.curves import curve_groups
+from softmoe_train.report.curves import BANDS, curve_groups
 from softmoe_train.report.draw import Look, Point, draw_grid, draw_points
 from softmoe_train.report.grid import grids_of
 from softmoe_train.report.page import Cell, Figure, Group, Section, Table, TableRow, png_figure, svg_figure
@@ -57,7 +57,7 @@ def results(rows: Sequence[Row], looks: Sequence[Look]) -> Section:
         "Runs that differ in nothing but their seed are one row: mean ± standard deviation of a sample over the seeds. "
         "A run that has not come as far as the furthest of its row is in no mean (“1 of 2”).",
         "Active FLOPs are those of one image's forward, two a multiply-add. Training FLOPs are counted as the paper does, one a multiply-add, "
-        "times three, over all images seen. Images/s is the median of the reports. Few-shot and fine-tuning are means over their sets.",
+        "times three, over all images seen. Images/s is the median of the reports. Held-out top-1 is that of data.test; few-shot and fine-tuning are means over their sets.",
     ]
     return Section("Results", notes, tables=[table])
 
@@ -121,7 +121,7 @@ def curves(rows: Sequence[Row], looks: Sequence[Look]) -> Section:
     """Learning curves."""
     groups, left_out = curve_groups(rows, looks)
     notes = [
-        "Bands are one standard deviation over seeds. Thin lines are runs that did not come as far as the others of their row."
+        f"Bands are one standard deviation over seeds (left out for more than {BANDS} rows). Thin lines are runs that did not come as far as the others of their row."
     ]
     if left_out:
         notes.append(
