@@ -171,7 +171,7 @@ def _some_lines(path: Path) -> tuple[list[Line], int]:
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
     try:
-        tree = yaml.load(_text(path), Loader=loader)  # a safe one: plain values, no objects
+        tree = loader(_text(path)).get_single_data()  # what yaml.safe_load does: plain values, no objects
         if not isinstance(tree, dict):
             raise ValueError("it is no mapping")
         _count(tree)

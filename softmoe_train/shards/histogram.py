@@ -14,6 +14,7 @@ def draw_checked(checked: Checked, path: str) -> None:
     """Write a PNG of four histograms, a colour for each split."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,19 +31,29 @@ def draw_checked(checked: Checked, path: str) -> None:
         for axes, spread in ((pixels, whole.pixels), (sizes, whole.sizes), (aspect, whole.aspect)):
             _draw(axes, spread, COLOURS[split])
     titles = {
-        labels: "samples of a class, most first",
+        labels: "classes, the one with most samples first",
         pixels: "pixels",
         sizes: "bytes of a picture",
         aspect: "width / height",
     }
     for axes, title in titles.items():
         axes.set_title(title, fontsize=10)
-        axes.set_yscale("symlog")
+        axes.set_ylabel("samples of the class" if axes is labels else "pictures", fontsize=9)
+        if axes is not labels or _ranges_far(checked):
+            axes.set_yscale("symlog")
         axes.grid(color="#dddddd", linewidth=0.6)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+    labels.set_ylim(bottom=0)
+    labels.xaxis.set_major_locator(MaxNLocator(integer=True))
     labels.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _ranges_far(checked: Checked) -> bool:
+    """Whether the classes of a split have so unlike counts that the small ones would not be seen beside the large."""
+    counts = [list(whole.labels.values()) for whole in checked.splits.values()]
+    return any(max(of) > 50 * max(1, min(of)) for of in counts if of)
 
 
 def _draw(axes: Any, spread: Spread, colour: str) -> None:
