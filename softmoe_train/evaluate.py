@@ -116,8 +116,11 @@ def _as_measured(config: RunConfig, warm: WarmConfig, size: int) -> RunConfig:
     """The same without anything that only training has: a batch is whatever goes through the ranks at once."""
     batch = size * config.model.group_images
     data = config.data.model_copy(update={"streams": batch, "mixup": None})
+    evals = config.evals
+    if evals.routing is not None:  # `softmoe inspect routing=true` draws
+        evals = evals.model_copy(update={"routing": evals.routing.model_copy(update={"pictures_every": 0})})
     return config.model_copy(
-        update={"warm": warm, "data": data, "batch_size": batch, "micro_batches": 1, "average": None}
+        update={"warm": warm, "data": data, "evals": evals, "batch_size": batch, "micro_batches": 1, "average": None}
     )
 
 
@@ -165,7 +168,10 @@ def evaluate(asked: Measured, world: World) -> dict[str, float]:
         values: dict[str, float] = {}
         for source, evaluator in evaluators.items():
             for name, value in evaluator.run(state):
-                if not isinstance(value, Figure | Alarm):
+                if isinstance(value, Alarm):
+                    if world.main:
+                        print(f"warning: {value.title}: {value.text}", file=sys.stderr, flush=True)
+                elif not isinstance(value, Figure):
                     values[f"{source}/{name}"] = float(value)
     return values
 

@@ -62,8 +62,11 @@ class FirstImages:
 class RoutingEvaluator:
     """Measures every router, `<block>/<measure>`, says where one has collapsed, and draws what they do on the one rank that is `main`."""
 
-    def __init__(self, config: RoutingConfig, batches: Iterable[Batch], blocks: list[int], *, main: bool) -> None:
+    def __init__(
+        self, config: RoutingConfig, batches: Iterable[Batch], blocks: list[int], *, main: bool, last: int | None = None
+    ) -> None:
         self.every = config.every
+        self.last = last  # step of the run
         self.config = config
         self.batches = batches
         self.blocks = blocks
@@ -73,7 +76,7 @@ class RoutingEvaluator:
 
     @torch.no_grad()
     def run(self, state: TrainState) -> Iterator[tuple[str, Said]]:
-        """The measures of each block with experts and alarms, the same on every rank, and figures at every `pictures_every`-th time."""
+        """The measures of each block with experts and alarms, the same on every rank, and figures at every `pictures_every`-th time and the last."""
         module, device, drawn = state.engine.module, state.engine.device, self._is_drawn(state.step)
         assert isinstance(module, ViT), type(module)
         looks = looks_at(module, self.blocks, self.config.thresholds, device, curves=drawn)
@@ -101,7 +104,7 @@ class RoutingEvaluator:
     def _is_drawn(self, step: int) -> bool:
         """By the step alone, so that a resumed run draws when it would have."""
         apart = self.every * self.config.pictures_every
-        return apart > 0 and step % apart == 0
+        return self.config.pictures_every > 0 and (step == self.last or (apart > 0 and step % apart == 0))
 
     def _pictures(self, step: int, looks: Mapping[int, Look]) -> Iterator[tuple[str, Picture]]:
         if can_draw():
