@@ -85,7 +85,7 @@ def compose_onto(record: type[R], saved: Tree, overrides: list[str], check: Call
     An override of a group puts what its files say in the place of what was saved. What `saved`, of an earlier version, does not have
     is as the YAML says. Raises ConfigError as `compose` does.
     """
-    composed, problems = _compose_tree([])
+    composed, problems = _compose_tree(_kinds_of(saved))
     assert composed is not None, problems
     tree = filled(saved, composed)
     for override in sorted(map(_quoted, overrides), key=lambda o: not _chooses_group(o)):
@@ -260,8 +260,18 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     return []
 
 
+def _kinds_of(saved: Tree) -> list[str]:
+    """The choices of groups that make a composed tree of the same kinds as a saved one (of data, of an optimizer, of transforms)."""
+    kinds = {group: saved.get(group) for group in ("data", "optim", "schedule", "engine")}
+    data = kinds["data"] if isinstance(kinds["data"], dict) else {}
+    kinds |= {f"transform@data.{key}": data.get(key) for key in ("train_transform", "test_transform")}
+    named = {group: tree["kind"] for group, tree in kinds.items() if isinstance(tree, dict) and "kind" in tree}
+    files = {group: config_folder() / group.partition("@")[0] / f"{kind}.yaml" for group, kind in named.items()}
+    return [f"{group}={kind}" for group, kind in named.items() if files[group].is_file()]
+
+
 def filled(saved: Tree, composed: Tree) -> Tree:
-    """What was saved, and below it what it lacks of the composed tree; of another kind (of data, of a schedule) it lacks nothing."""
+    """What was saved, and below it what it lacks of the composed tree, where both are of one kind."""
     if saved.get("kind") != composed.get("kind"):
         return saved
     both = {**composed, **saved}

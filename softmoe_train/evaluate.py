@@ -1,6 +1,7 @@
 """This file owns measuring a checkpoint: the evaluators of a run on weights that no run is training."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
@@ -99,9 +100,8 @@ def _saved(ckpt: str, warm: WarmConfig) -> tuple[Tree, str, int, int]:
         found("ckpt", ckpt)
         contents = read_contents(checkpoint_at(place_of(ckpt)))
     except CheckpointError as error:
-        raise ConfigError(
-            [f"{error.what.replace('warm.source', 'ckpt')}: {problem}" for problem in error.problems]
-        ) from error
+        named = [one if one.startswith(error.what) else f"{error.what}: {one}" for one in error.problems]
+        raise ConfigError(list(map(as_ckpt, named))) from error
     saved: Tree = dict(contents.config)
     seen = contents.loop.get("images_seen")
     return (
@@ -110,6 +110,11 @@ def _saved(ckpt: str, warm: WarmConfig) -> tuple[Tree, str, int, int]:
         contents.mark.step,
         seen if isinstance(seen, int) else 0,
     )
+
+
+def as_ckpt(told: str) -> str:
+    """What a warm start says, in the keys of who gave a checkpoint to be measured."""
+    return told.replace("warm.source", "ckpt").replace("warm.weights", "weights")
 
 
 def _as_measured(config: RunConfig, warm: WarmConfig, size: int) -> RunConfig:
@@ -129,12 +134,12 @@ def eval_problems(config: RunConfig, warm: WarmConfig, size: int, local_size: in
     problems = compute_problems(config, size, local_size)
     if all(value is None for value in dict(config.evals).values()):
         problems.append("evals=[]: there is nothing to measure; choose some, as in evals=[upstream]")
-    if config.evals.reads_test:
+    if config.evals.reads_test(config.model):
         problems += check_evaluated(config.data, image_size=config.model.image_size) + label_problems(config)
         problems += set_problems(config.evals, config.data, config.model)
     problems += feature_problems(config.evals.on_sets, config.model.image_size)
     misfits = warm_problems(warm, config.model, config.seed)
-    problems += [problem.replace("warm.source", "ckpt") for problem in misfits]
+    problems += [as_ckpt(problem) for problem in misfits]
     fresh = [] if misfits or config.evals.upstream is None else fresh_tensors(warm, config.model, config.seed)
     if any(name.startswith("head.") for name in fresh):
         problems.append(
@@ -179,12 +184,12 @@ def evaluate(asked: Measured, world: World) -> dict[str, float]:
 def document(asked: Measured, values: dict[str, float]) -> dict[str, Any]:
     """What was measured, as JSON."""
     facts = {"ckpt": asked.own.ckpt, "weights": asked.own.weights, "step": asked.step, "images_seen": asked.images_seen}
-    return {**facts, "metrics": values}
+    return {**facts, "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()}}
 
 
 def write_json(path: str, asked: Measured, values: dict[str, float]) -> None:
     """Write the document of a measurement."""
-    Path(path).write_text(json.dumps(document(asked, values), indent=1) + "\n")
+    Path(path).write_text(json.dumps(document(asked, values), indent=1, allow_nan=False) + "\n")
 
 
 class _Shown:

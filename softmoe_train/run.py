@@ -88,7 +88,9 @@ def _fine_tune(config: RunConfig, world: World, device: torch.device, held: Clai
             return reason
     values = measured(config) if held is not None else {}
     if values and held is not None:
-        log = open_log(config, held, config.observe, wandb_id=None, step=config.steps, startup=None, taken_back=[])
+        log = open_log(
+            config, held, config.observe, wandb_id=None, step=config.steps, startup=None, taken_back=[], amends=True
+        )
         try:
             tell_results(config, values, log)
         finally:
@@ -214,7 +216,7 @@ def index_shards(config: RunConfig, world: World, *, needs_train: bool = True) -
     """
     part, parts = world.local_rank % world.local_size, world.local_size
     found = make_indexes(
-        config.data, part=part, parts=parts, needs_test=config.evals.reads_test, needs_train=needs_train
+        config.data, part=part, parts=parts, needs_test=config.evals.reads_test(config.model), needs_train=needs_train
     )
     for data in [data for name, data in upstream_sets(config.evals, config.data).items() if name != "test"]:
         found += make_indexes(data, part=part, parts=parts, needs_test=True, needs_train=False)
@@ -227,7 +229,7 @@ def _left_out(config: RunConfig, world: World) -> list[str]:
     """What is to be told of samples that are not read, by the one rank that tells it."""
     if isinstance(config.data, SyntheticConfig) or not world.main:
         return []
-    return left_out(config.data, needs_test=config.evals.reads_test)
+    return left_out(config.data, needs_test=config.evals.reads_test(config.model))
 
 
 def training_stream(config: RunConfig, world: World, device: torch.device) -> ImageStream:

@@ -49,6 +49,7 @@ def open_log(
     step: int,
     startup: Startup | None,
     taken_back: list[tuple[int, int]],
+    amends: bool = False,
 ) -> SilentLog:
     """The log of a run folder at a step: a silent one on all ranks but that which holds the folder."""
     tree = config.as_saved()
@@ -70,4 +71,5 @@ def open_log(
         startup=startup,
         make_folder=make_folder,
         taken_back=taken_back,
+        amends=amends,
     )

@@ -161,7 +161,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
         image_size=config.model.image_size,
         global_batch=config.batch_size,
         world=size,
-        needs_test=config.evals.reads_test,
+        needs_test=config.evals.reads_test(config.model),
     )
     problems += label_problems(config) + set_problems(config.evals, config.data, config.model)
     problems += feature_problems(config.evals.on_sets, config.model.image_size)
@@ -218,7 +218,7 @@ def _group_problems(config: RunConfig, size: int) -> list[str]:
     key = f"model.moe.sparse.group_images={n}"
     parts = size * config.micro_batches
     batch, streams = config.batch_size, config.data.streams
-    evaluated = {"upstream": config.evals.upstream, **config.evals.on_sets}
+    evaluated = {"upstream": config.evals.upstream, "finetune": config.evals.finetune, **config.evals.on_sets}
     sizes = {f"evals.{source}.batch_size": one.batch_size for source, one in evaluated.items() if one is not None}
     # What does not divide into ranks is refused for that, whatever the groups.
     of_batch = batch // parts if batch % parts == 0 else n

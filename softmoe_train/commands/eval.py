@@ -10,7 +10,7 @@ from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.commands.workers import Verb, run_verb
 from softmoe_train.config import ConfigError, compose_own, split_overrides
 from softmoe_train.dist import World
-from softmoe_train.evaluate import EvalConfig, Measured, evaluate, measured, write_json
+from softmoe_train.evaluate import EvalConfig, Measured, as_ckpt, evaluate, measured, write_json
 from softmoe_train.launching.local import TOLD_CODES
 from softmoe_train.settings import RunConfig
 
@@ -49,7 +49,7 @@ def _measure(asked: Measured, world: World) -> int:
         values = evaluate(asked, world)
     except CheckpointError as error:
         if world.main:  # the same on every rank
-            print(f"softmoe eval: {error}", file=sys.stderr, flush=True)
+            print(f"softmoe eval: {as_ckpt(str(error))}", file=sys.stderr, flush=True)
         return FAILED
     if world.main:
         if asked.own.out is not None:  # first: whoever reads the table may close the pipe

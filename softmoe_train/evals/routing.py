@@ -26,9 +26,7 @@ class RoutingConfig(Record):
     """When and on how many images routers are looked at, what counts as what, and from where on people are told."""
 
     every: Annotated[int, Field(ge=0)]  # steps; 0 only at the end
-    images: Annotated[
-        int, Field(ge=1)
-    ]  # of the beginning of the training sequence, at least; a multiple of data.streams
+    images: Annotated[int, Field(ge=1)]  # the first of data.test
     batch_size: Annotated[int, Field(ge=1)]  # images of each rank at a time, at most, or one routing group
     updates: bool  # tell how far the update of such a step moves each expert
     pictures_every: Annotated[int, Field(ge=0)]  # in evaluations; 0 draws none

@@ -35,11 +35,10 @@ class EvalsConfig(Record):
         """Those that measure features on sets of their own, by source."""
         return feature_configs(self.fewshot, self.knn, self.probe)
 
-    @property
-    def reads_test(self) -> bool:
-        """Whether any of them reads `data.test`."""
+    def reads_test(self, model: ModelConfig) -> bool:
+        """Whether any of them reads `data.test`; a model without experts has no router to look at."""
         tuned = self.finetune is not None and self.finetune.test
-        return self.upstream is not None or self.routing is not None or tuned
+        return self.upstream is not None or tuned or (self.routing is not None and model.has_experts)
 
 
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:

@@ -17,7 +17,10 @@ class Number(NamedTuple):
         """Those of `names` that it is the mean of, by set."""
         found = (name.split("/") for name in names)
         ours = (parts for parts in found if [parts[0], *parts[2:]] == [self.source, self.measure])
-        return {parts[1]: "/".join(parts) for parts in ours if self.of in (None, parts[1])}
+        of = {parts[1]: "/".join(parts) for parts in ours if self.of in (None, parts[1])}
+        # Of a fine-tuning itself: parts of one set, of which what was held out counts only as long as nothing is tested.
+        parts = [part for part in ("test", "val") if self.source == "finetune" and part in of]
+        return {parts[0]: of[parts[0]]} if parts else of
 
 
 UPSTREAM = Number("held-out top-1", "upstream", "top1", of="test")

@@ -237,19 +237,21 @@ def build_log(
     startup: Startup | None = None,
     make_folder: Callable[[], object] | None = None,
     taken_back: Sequence[tuple[int, int]] = (),
+    amends: bool = False,
 ) -> SilentLog:
     """The log of this process: a silent one unless `main`.
 
     `resume_step` is the step of the checkpoint that was loaded, 0 from scratch: metrics.jsonl is cut back to it.
     `wandb_id` is the one in that checkpoint; None makes one up (on `main` only: elsewhere it stays empty).
     `make_folder` makes the run folder where it was deleted in mid-run, and raises BlockingIOError where another run has it.
-    `taken_back` are the first and last step that each rollback of the run took back, in their order.
+    `taken_back` are the first and last step that each rollback of the run took back, in their order. `amends`: the run has ended, and its
+    records are added to.
     """
     if not main:
         return SilentLog(wandb_id or "")
     make_folder = make_folder or (lambda: run_dir.mkdir(parents=True, exist_ok=True))
     make_folder()
-    summary = Summary(run_dir / "summary.json", resume_step)
+    summary = Summary(run_dir / "summary.json", resume_step, amends=amends)
     # The summary's id is for a run that was killed before its first checkpoint: it is the same W&B run still.
     wandb_id = wandb_id or summary.earlier_wandb_id or secrets.token_hex(8)
     console = build_console(config.progress, total_steps, resume_step)

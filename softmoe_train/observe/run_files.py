@@ -108,7 +108,7 @@ class Summary:
     It is rewritten at each report with `ended: null`: a killed run keeps its wall time and is told from a finished one.
     """
 
-    def __init__(self, path: Path, from_step: int) -> None:
+    def __init__(self, path: Path, from_step: int, *, amends: bool = False) -> None:
         self._path = path
         self.earlier_seconds, self.earlier_wandb_id, history = 0.0, None, None
         self.broken = ""  # why an earlier summary was not taken over: all counts start anew
@@ -121,7 +121,8 @@ class Summary:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.broken = type(error).__name__
-        self._history = next_start(history, from_step)
+        # What only adds to the records of a run that has ended is no start of it.
+        self._history = history if amends and history is not None else next_start(history, from_step)
 
     def record(self, name: str, facts: Mapping[str, Any]) -> None:
         """Keep what this process has to tell of itself; the next `write` writes it."""

@@ -29,7 +29,7 @@ def newest_pictures(folder: Path) -> dict[str, Path]:
     """The newest picture of each name below the `pictures` of a run folder."""
     newest: dict[str, Path] = {}
     root = folder / "pictures"
-    for path in sorted(root.rglob("step_*.png")):
+    for path in [] if root.is_symlink() else sorted(root.rglob("step_*.png")):
         if path.is_file() and not path.is_symlink():
             newest[path.parent.relative_to(root).as_posix()] = path
     return newest

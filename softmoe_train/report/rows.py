@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softmoe_train.changes import SHARDS_OF_A_SOURCE, is_free
+from softmoe_train.changes import ONCE, SHARDS_OF_A_SOURCE, is_free
 from softmoe_train.plain import plain
 from softmoe_train.report.cost import RunCost, all_known, run_cost
 from softmoe_train.report.read import Curve, RunRead
@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one kind. `counted` are those that came as far as the furthest of them: the others are in no mean."""
+    """Runs of one kind. `counted` are those that came as far as the furthest of them, one of each seed: the others are in no mean."""
 
     label: str
     settings: dict[str, Any]  # those that tell rows apart, by key
@@ -65,7 +65,8 @@ def rows_of(runs: list[RunRead]) -> list[Row]:
     """The rows in the order of their settings; runs whose settings cannot be read are rows of their own."""
     kinds: dict[str, list[RunRead]] = defaultdict(list)
     for run in runs:
-        shape = {key: value for key, value in run.config.items() if _tells_apart(key)}
+        # A setting that there was not yet, or that is as it was before it could be set, tells no run from another.
+        shape = {key: value for key, value in run.config.items() if _tells_apart(key) and value != ONCE.get(key)}
         kinds[json.dumps(shape, sort_keys=True, default=str) if shape else f"\0{run.folder}"].append(run)
     groups = list(kinds.values())
     keys = _differing([group[0] for group in groups if group[0].config], _tells_apart)
@@ -142,12 +143,14 @@ def _tells_apart(key: str) -> bool:
 
 def _differing(runs: list[RunRead], wanted: Callable[[str], bool]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.config if wanted(key))
-    return [key for key in keys if len({_written(run.config.get(key)) for run in runs}) > 1]
+    return [key for key in keys if len({_written(run.config.get(key, ONCE.get(key))) for run in runs}) > 1]
 
 
 def _row(label: str, group: list[RunRead], keys: list[str]) -> Row:
     furthest = max(run.step for run in group)
-    counted = [run for run in group if run.step == furthest]
+    # The same run twice (a copy, a second try) is one: two of a seed would make a deviation of none.
+    of_seeds = {str(run.config.get("seed", run.folder)): run for run in reversed(group) if run.step == furthest}
+    counted = [run for run in group if any(run is one for one in of_seeds.values())]
     settings = {key: group[0].config.get(key) for key in keys} if group[0].config else {}
     return Row(label, settings, group, counted, [run_cost(run) for run in counted])
 

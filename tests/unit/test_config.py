@@ -6,7 +6,17 @@ import pytest
 import yaml
 
 from softmoe_train.changes import changed_settings
-from softmoe_train.config import ConfigError, as_yaml, compose, config_folder, expand_sweep, load_yaml, parse, save_yaml
+from softmoe_train.config import (
+    ConfigError,
+    as_yaml,
+    compose,
+    compose_onto,
+    config_folder,
+    expand_sweep,
+    load_yaml,
+    parse,
+    save_yaml,
+)
 from softmoe_train.parallel.layout import ParallelConfig
 from softmoe_train.settings import RunConfig, check, compute_problems
 
@@ -230,6 +240,31 @@ def test_a_run_may_change_its_exchange_but_not_what_it_rounds_to(tmp_path: Path)
         "recipe=debug", f"run_dir={tmp_path}", "parallel.exchange_chunks=2", "parallel.exchange_dtype=bfloat16"
     )
     assert changed_settings(saved, now.as_saved()) == ["parallel.exchange_dtype=bfloat16 (was None)"]
+
+
+@pytest.mark.parametrize(
+    "kinds", [["recipe=debug", "optim=sgd"], ["data=cifar10", "optim=adafactor", "schedule=cosine"]]
+)
+def test_a_checkpoint_from_before_there_was_a_setting_takes_overrides(kinds: list[str]) -> None:
+    now = compose_alone(*kinds)
+    saved = now.model_dump()
+    for group, key in (("optim", "layer_decay"), ("optim", "frozen"), ("data", "holdout"), ("evals", "fewshot")):
+        del saved[group][key]
+    del saved["finetune"], saved["evals"]["upstream"]["sets"]
+    then = compose_onto(RunConfig, saved, ["seed=7"], lambda _: [])
+    assert then == now.model_copy(update={"seed": 7})
+
+
+def test_an_evaluation_of_fine_tuning_takes_whole_groups() -> None:
+    sparse = ["model.moe.router=experts_choice", "model.moe.sparse.group_images=8"]
+    (problem,) = problems_of("recipe=debug", "evals=[finetune]", "evals.finetune.batch_size=6", *sparse)
+    assert "group_images=8 does not divide evals.finetune.batch_size=6" in problem
+
+
+def test_a_dense_model_needs_no_test_images_for_its_routers() -> None:
+    dense = compose_alone("recipe=quickstart", "evals=[routing]", "model.moe.blocks=[]")
+    assert not dense.evals.reads_test(dense.model)
+    assert compose_alone("recipe=quickstart", "evals=[routing]").evals.reads_test(compose_alone("recipe=debug").model)
 
 
 def test_records_are_strict_about_types() -> None:

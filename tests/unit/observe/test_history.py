@@ -1,11 +1,13 @@
 """summary.json tells how each process of a run ended, whatever the next one finds of it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from softmoe_train.observe.history import KEPT, History, next_start
 from softmoe_train.observe.log import RunLog
+from softmoe_train.observe.run_files import Summary
 from tests.unit.observe.test_log import open_log, summary_of
 
 
@@ -62,6 +64,15 @@ def test_a_summary_that_cannot_be_read_is_told_and_the_history_starts_anew(
     assert "warning: summary.json cannot be read" in capsys.readouterr().out
     assert ends_of(tmp_path) == [(40, 40, None)]
     assert history_of(tmp_path)["starts"] == 1
+
+
+def test_what_is_added_to_a_run_that_has_ended_is_no_start_of_it(tmp_path: Path) -> None:
+    first = Summary(tmp_path / "summary.json", 0)
+    first.write({"step": 7}, 1.0, wandb_id="a", ended="complete")
+    late = Summary(tmp_path / "summary.json", 7, amends=True)
+    late.write({"step": 7, "finetune/pets/top1": 0.5}, 1.0, wandb_id="a", ended="complete")
+    history = json.loads((tmp_path / "summary.json").read_text())["history"]
+    assert (history["starts"], len(history["processes"]), history["interruptions"]) == (1, 1, {})
 
 
 @pytest.mark.parametrize("content", [None, '{"wall_seconds": 7.5, "wandb_id": "a", "ended": null}'])

@@ -21,7 +21,7 @@ from softmoe_train.plan.cost import cost_of
 from softmoe_train.report.closing import closing_lines
 from softmoe_train.report.pareto import pareto_front
 from softmoe_train.report.read import Curve, read_run
-from softmoe_train.report.rows import POINTS, mean_of_curves, thinned
+from softmoe_train.report.rows import POINTS, mean_of_curves, rows_of, thinned
 from softmoe_train.settings import RunConfig
 from tests.pareto import pareto_rows
 from tests.unit.observe.test_log import config as observe
@@ -336,3 +336,15 @@ def test_a_run_closes_with_the_numbers_that_it_has(made: Path) -> None:
     assert lines[1] == "few-shot 10     0.3500   (best 0.3500 at step 50; mean of 2 sets: a 0.2000, b 0.5000)"
     assert lines[2] == "images/s        155" and lines[3].startswith("wall time       0:00:0")
     assert read_run(made / "sweep" / "torn", "torn").curves["train/loss"].best("min")[1] == 1
+
+
+def test_seeds_from_before_and_after_a_setting_are_one_row_and_a_copy_is_no_seed(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (20, 10), "red").save(tmp_path / "some.png")
+    for name, seed in (("0", 0), ("1", 1), ("2", 1)):
+        write_run(tmp_path / "runs" / name, 4, 2, seed)
+    path = tmp_path / "runs" / "0" / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    del tree["optim"]["frozen"], tree["optim"]["layer_decay"], tree["data"]["holdout"]
+    path.write_text(yaml.safe_dump(tree))
+    (row,) = rows_of([read_run(tmp_path / "runs" / name, name) for name in ("0", "1", "2")])
+    assert [run.folder.name for run in row.counted] == ["0", "1"]
