@@ -163,7 +163,7 @@ def test_a_signal_ends_all_ranks_within_seconds(folder: Path, mode: str, number:
     begin = time.monotonic()
     launch.send_signal(number)
     assert finish(launch) == (code, "")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15  # the grace is 2, and a busy machine needs some to end processes
     assert not any(map(is_running, workers))
 
 

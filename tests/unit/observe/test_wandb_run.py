@@ -289,7 +289,7 @@ def test_wandb_leaves_no_process_behind_a_killed_trainer_and_holds_no_pipe_open(
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert time.monotonic() - begin < 10  # run() returns when the last holder of the pipe is gone
+    assert time.monotonic() - begin < 30  # run() returns when the last holder of the pipe is gone
     service = int(done.stdout.split()[-1])
     assert not is_running(service)
 
