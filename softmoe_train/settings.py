@@ -274,7 +274,8 @@ def _best_problems(config: RunConfig) -> list[str]:
     best = config.checkpoint.best
     if best is None:
         return []
-    known = measures_of(config.evals, config.model.num_classes, averaged=config.average is not None)
+    averaged, held_out = config.average is not None, config.data.holdout is not None
+    known = measures_of(config.evals, config.model.num_classes, averaged=averaged, held_out=held_out)
     if metric_of(best) not in known:
         some = ", ".join(list(known)[:24])
         remedy = f"use one of {some}" if known else "no evaluator is on (evals=[upstream]); use null"

@@ -1,0 +1,19 @@
+"""What the settings of a fine-tuning may not say, told without a checkpoint."""
+
+import pytest
+
+from softmoe_train.config import ConfigError, compose
+from softmoe_train.settings import RunConfig, check
+
+
+def refused(*overrides: str) -> str:
+    """What is told instead of a run on two processes."""
+    with pytest.raises(ConfigError) as caught:
+        compose(RunConfig, ["recipe=debug", *overrides], lambda c: check(c, 2, 2))
+    return "\n".join(caught.value.problems)
+
+
+def test_held_out_images_judge_a_checkpoint_only_where_some_are_held_out() -> None:
+    words = ["evals=[finetune]", "evals.finetune.every=7", "checkpoint.best=highest finetune/val/top1"]
+    assert "nothing measures finetune/val/top1; no evaluator is on" in refused(*words)
+    assert "it is measured every 7 steps" in refused(*words, "data.holdout=0.2")
