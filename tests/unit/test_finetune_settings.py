@@ -17,3 +17,7 @@ def test_held_out_images_judge_a_checkpoint_only_where_some_are_held_out() -> No
     words = ["evals=[finetune]", "evals.finetune.every=7", "checkpoint.best=highest finetune/val/top1"]
     assert "nothing measures finetune/val/top1; no evaluator is on" in refused(*words)
     assert "it is measured every 7 steps" in refused(*words, "data.holdout=0.2")
+
+
+def test_a_fine_tuning_that_would_be_measured_by_nothing_is_refused_of_any_data() -> None:
+    assert "it would measure nothing" in refused("evals=[finetune]", "evals.finetune.test=false")
