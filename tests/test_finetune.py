@@ -67,6 +67,7 @@ def test_the_model_is_the_checkpoint_s_with_the_recipe_s_images_and_classes(pret
     )  # slots among what is unchanged
     assert run.warm is not None and (run.warm.source, run.warm.head) == (str(pretrained), "fresh")
     assert (run.name, run.run_dir) == ("finetune-pets-of-mine", "runs/finetune-pets-of-mine")
+    assert run.observe.wandb.job_type == "finetune"
     step = pretrained / "checkpoints" / "step_00000002"
     words = [
         f"ckpt={step}",
@@ -74,6 +75,7 @@ def test_the_model_is_the_checkpoint_s_with_the_recipe_s_images_and_classes(pret
         *SMALL,
         "model.image_size=64",
         "model.moe.sparse.capacity_factor=1.5",
+        "observe.wandb.job_type=pretrain",
     ]
     other = tuned(*words)
     assert other.run_dir == "runs/finetune-pets-of-mine-step_00000002-laptop"
@@ -82,6 +84,7 @@ def test_the_model_is_the_checkpoint_s_with_the_recipe_s_images_and_classes(pret
         before.width,
         1.5,
     )
+    assert other.observe.wandb.job_type == "pretrain"  # as given
 
 
 def test_what_a_fine_tuning_cannot_be_is_refused_before_it_starts(pretrained: Path, tmp_path: Path) -> None:
