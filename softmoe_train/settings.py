@@ -18,7 +18,7 @@ from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
 from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.finetune import FinetuneAtEnd
+from softmoe_train.evals.finetune import FinetunesAtEnd
 from softmoe_train.evals.measures import measures_of
 from softmoe_train.evals.on_sets import feature_problems
 from softmoe_train.evals.settings import EvalsConfig, set_problems
@@ -87,7 +87,7 @@ class RunConfig(Record):
     bad_steps: BadStepsConfig
     observe: ObserveConfig
     evals: EvalsConfig
-    finetune: dict[str, FinetuneAtEnd]  # by name: at the end of the run, in the same processes
+    finetune: FinetunesAtEnd  # by name: at the end of the run, in the same processes
 
     @field_validator("name")
     @classmethod
