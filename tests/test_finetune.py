@@ -190,7 +190,7 @@ def test_a_mistake_in_a_fine_tuning_at_the_end_is_told_before_the_run_starts() -
     assert "finetune.pets: run_dir: it is the run's" in said
     assert "finetune.pets: data.test" in refused(run_of, *begin, 'finetune.pets.overrides=["data.train=nowhere.tar"]')
     said = refused(run_of, *begin, "finetune.pets.overrides=[data=synthetic,steps=4]")
-    assert "as 'finetune.pets.overrides=[\"steps=100\"," in said
+    assert 'as \'finetune.pets.overrides=["steps=100",' in said
     assert "finetune.pets: data.train" in refused(run_of, *begin)  # no overrides are none
 
 

@@ -34,7 +34,7 @@ def _with_overrides(asked: Any) -> Any:
         if given is not None and not (isinstance(given, list) and all(isinstance(word, str) for word in given)):
             raise ValueError(
                 f"finetune.{name}.overrides={given}: it must be a list of quoted words; write it, whole and quoted for the shell too, as "
-                f"'finetune.{name}.overrides=[\"steps=100\",\"schedule.peak=0.01\"]'"
+                f'\'finetune.{name}.overrides=["steps=100","schedule.peak=0.01"]\''
             )
     return {name: {"overrides": [], **one} if isinstance(one, dict) else one for name, one in asked.items()}
 

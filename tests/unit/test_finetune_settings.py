@@ -21,3 +21,10 @@ def test_held_out_images_judge_a_checkpoint_only_where_some_are_held_out() -> No
 
 def test_a_fine_tuning_that_would_be_measured_by_nothing_is_refused_of_any_data() -> None:
     assert "it would measure nothing" in refused("evals=[finetune]", "evals.finetune.test=false")
+
+
+def test_zero_is_refused_where_every_expert_over_ranks_is_frozen() -> None:
+    words = ["engine=deepspeed", "engine.zero_stage=1", "checkpoint.best=lowest x", 'optim.frozen=["*.experts.*"]']
+    assert "every expert is frozen, and ZeRO refuses" in refused(*words, "parallel.expert_axis=2")
+    for other in ("engine.zero_stage=0", "parallel.expert_axis=1", 'optim.frozen=["*.experts.w1"]'):
+        assert "every expert" not in refused(*words, other)
