@@ -16,7 +16,7 @@ from softmoe_train.finetune import (
     recipe_problems,
 )
 from softmoe_train.observe.log import SilentLog
-from softmoe_train.settings import RunConfig, check
+from softmoe_train.settings import RunConfig
 
 # Where and how they compute is the run's, unless they say otherwise; by the names of `overrides`.
 AS_THE_RUN = (
@@ -65,13 +65,18 @@ def child_of(config: RunConfig, name: str, check: Check) -> RunConfig:
         raise ConfigError(_of(name, error.problems)) from None
 
 
-def at_end_problems(config: RunConfig, size: int, local_size: int) -> list[str]:
-    """Every mistake in the fine-tunings at the end of a run that has yet to begin, which a month later would be too late."""
+def children_of(config: RunConfig) -> dict[str, RunConfig]:
+    """The fine-tunings at the end of a run whose settings were checked, by the key that asks for each."""
+    return {f"finetune.{name}": child_of(config, name, lambda _: []) for name in config.finetune}
+
+
+def at_end_problems(config: RunConfig, check: Check) -> list[str]:
+    """Every mistake in the fine-tunings at the end of a run that has yet to begin, which a month later would be too late; `check` tells those of one."""
 
     def problems_of(child: RunConfig) -> list[str]:
         begun = step_folders(child.checkpoints, complete=True)
         # The weights that it starts from do not exist yet; one that has begun does not need them.
-        return check(child if begun else child.model_copy(update={"warm": None}), size, local_size)
+        return check(child if begun else child.model_copy(update={"warm": None}))
 
     problems: list[str] = []
     for name in config.finetune:

@@ -28,7 +28,11 @@ AT_THE_END = '"shrink=laptop", "data=synthetic", "data.num_test=16", "data.num_t
 
 def run_of(*overrides: str) -> RunConfig:
     """A checked run on one process."""
-    return compose(RunConfig, [*overrides, *QUIET], lambda c: [*check(c, 1, 1), *at_end_problems(c, 1, 1)])
+    return compose(
+        RunConfig,
+        [*overrides, *QUIET],
+        lambda c: [*check(c, 1, 1), *at_end_problems(c, lambda child: check(child, 1, 1))],
+    )
 
 
 def tuned(*overrides: str) -> RunConfig:
