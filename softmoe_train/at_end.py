@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
+from softmoe_train.changes import SHARDS_OF_A_SOURCE, changed_settings
 from softmoe_train.checkpoint.folder import step_folder, step_folders
-from softmoe_train.config import ConfigError, Tree, compose_own, split_overrides
+from softmoe_train.config import ConfigError, Tree, compose_own, flat, load_yaml, split_overrides
 from softmoe_train.finetune import (
     Check,
     FinetuneConfig,
@@ -97,15 +100,24 @@ def folder_of(config: RunConfig, name: str) -> Path:
     return config.folder / "finetune" / name
 
 
-def is_complete(child: RunConfig) -> bool:
-    """Whether it has come to its end, as its summary says."""
-    summary = _summary(child)
-    return summary.get("ended") == "complete" and summary.get("steps") == child.steps
+def is_complete(run: RunConfig) -> bool:
+    """Whether its folder holds this very run, come to its end: these settings, these training shards, this many steps."""
+    summary = summary_of(run)
+    if summary.get("ended") != "complete" or summary.get("steps") != run.steps:
+        return False
+    try:
+        saved = load_yaml(run.folder / "config.yaml")
+    except (OSError, ValueError, YAMLError):
+        return False
+    # Shards may have been moved: whether those of another name are the same is told where the run goes on.
+    before, now = flat(saved), flat(run.as_saved())
+    shards = [key for key in now if key == "data.train" or SHARDS_OF_A_SOURCE.fullmatch(key)]
+    return not changed_settings(saved, run.as_saved()) and all(before.get(key) == now[key] for key in shards)
 
 
 def measured(config: RunConfig) -> dict[str, float]:
     """What the fine-tunings measured at their end, by the names that the run gives it, where its own records lack it."""
-    told = _summary(config).get("metrics", {})
+    told = summary_of(config).get("metrics", {})
     found: dict[str, float] = {}
     for name in config.finetune:
         metrics: Mapping[str, Any] = json.loads((folder_of(config, name) / "summary.json").read_text()).get(
@@ -120,12 +132,13 @@ def measured(config: RunConfig) -> dict[str, float]:
 
 def tell_results(config: RunConfig, values: Mapping[str, float], log: SilentLog) -> None:
     """Have the records of the run, at its last step, say what its fine-tunings came to."""
-    log.report_late(config.steps, int(_summary(config).get("images_seen", 0)), values)
+    log.report_late(config.steps, int(summary_of(config).get("images_seen", 0)), values)
     for name, value in values.items():
         log.message(f"{name}  {value:.4f}")
 
 
-def _summary(config: RunConfig) -> dict[str, Any]:
+def summary_of(config: RunConfig) -> dict[str, Any]:
+    """The summary in its run folder, empty where there is none."""
     try:
         return json.loads((config.folder / "summary.json").read_text())
     except (OSError, ValueError):
