@@ -15,7 +15,7 @@ from softmoe_train.commands.elastic import check_train
 from softmoe_train.commands.eval import eval_checkpoint
 from softmoe_train.commands.train import run_training
 from softmoe_train.commands.workers import under_a_launcher
-from softmoe_train.config import ConfigError, expand_sweep
+from softmoe_train.config import ConfigError, expand_sweep, flat
 from softmoe_train.data import SyntheticConfig, WebDatasetConfig, facts_of_test
 from softmoe_train.finetune import compose_finetune, key_of
 from softmoe_train.launching.worker import RESUME
@@ -130,7 +130,7 @@ def _as_asked(config: RunConfig) -> list[str]:
     words.append(f"evals.finetune.batch_size={config.evals.finetune.batch_size}")
     if isinstance(config.data, SyntheticConfig):
         return words
-    given = {key: getattr(config.data, key) for key in PLACES}
+    given = flat(config.data.model_dump(include=set(PLACES)))
     return [*words, *(f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())]
 
 
