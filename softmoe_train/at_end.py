@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
+from softmoe_train.changes import SHARDS_OF_A_SOURCE, changed_settings
 from softmoe_train.checkpoint.folder import step_folder, step_folders
-from softmoe_train.config import ConfigError, Tree, compose_own, split_overrides
+from softmoe_train.config import ConfigError, Tree, compose_own, flat, load_yaml, split_overrides
 from softmoe_train.finetune import (
     Check,
     FinetuneConfig,
@@ -16,7 +19,7 @@ from softmoe_train.finetune import (
     recipe_problems,
 )
 from softmoe_train.observe.log import SilentLog
-from softmoe_train.settings import RunConfig, check
+from softmoe_train.settings import RunConfig
 
 # Where and how they compute is the run's, unless they say otherwise; by the names of `overrides`.
 AS_THE_RUN = (
@@ -65,13 +68,18 @@ def child_of(config: RunConfig, name: str, check: Check) -> RunConfig:
         raise ConfigError(_of(name, error.problems)) from None
 
 
-def at_end_problems(config: RunConfig, size: int, local_size: int) -> list[str]:
-    """Every mistake in the fine-tunings at the end of a run that has yet to begin, which a month later would be too late."""
+def children_of(config: RunConfig) -> dict[str, RunConfig]:
+    """The fine-tunings at the end of a run whose settings were checked, by the key that asks for each."""
+    return {f"finetune.{name}": child_of(config, name, lambda _: []) for name in config.finetune}
+
+
+def at_end_problems(config: RunConfig, check: Check) -> list[str]:
+    """Every mistake in the fine-tunings at the end of a run that has yet to begin, which a month later would be too late; `check` tells those of one."""
 
     def problems_of(child: RunConfig) -> list[str]:
         begun = step_folders(child.checkpoints, complete=True)
         # The weights that it starts from do not exist yet; one that has begun does not need them.
-        return check(child if begun else child.model_copy(update={"warm": None}), size, local_size)
+        return check(child if begun else child.model_copy(update={"warm": None}))
 
     problems: list[str] = []
     for name in config.finetune:
@@ -92,15 +100,24 @@ def folder_of(config: RunConfig, name: str) -> Path:
     return config.folder / "finetune" / name
 
 
-def is_complete(child: RunConfig) -> bool:
-    """Whether it has come to its end, as its summary says."""
-    summary = _summary(child)
-    return summary.get("ended") == "complete" and summary.get("steps") == child.steps
+def is_complete(run: RunConfig) -> bool:
+    """Whether its folder holds this very run, come to its end: these settings, these training shards, this many steps."""
+    summary = summary_of(run)
+    if summary.get("ended") != "complete" or summary.get("steps") != run.steps:
+        return False
+    try:
+        saved = load_yaml(run.folder / "config.yaml")
+    except (OSError, ValueError, YAMLError):
+        return False
+    # Shards may have been moved: whether those of another name are the same is told where the run goes on.
+    before, now = flat(saved), flat(run.as_saved())
+    shards = [key for key in now if key == "data.train" or SHARDS_OF_A_SOURCE.fullmatch(key)]
+    return not changed_settings(saved, run.as_saved()) and all(before.get(key) == now[key] for key in shards)
 
 
 def measured(config: RunConfig) -> dict[str, float]:
     """What the fine-tunings measured at their end, by the names that the run gives it, where its own records lack it."""
-    told = _summary(config).get("metrics", {})
+    told = summary_of(config).get("metrics", {})
     found: dict[str, float] = {}
     for name in config.finetune:
         metrics: Mapping[str, Any] = json.loads((folder_of(config, name) / "summary.json").read_text()).get(
@@ -115,12 +132,13 @@ def measured(config: RunConfig) -> dict[str, float]:
 
 def tell_results(config: RunConfig, values: Mapping[str, float], log: SilentLog) -> None:
     """Have the records of the run, at its last step, say what its fine-tunings came to."""
-    log.report_late(config.steps, int(_summary(config).get("images_seen", 0)), values)
+    log.report_late(config.steps, int(summary_of(config).get("images_seen", 0)), values)
     for name, value in values.items():
         log.message(f"{name}  {value:.4f}")
 
 
-def _summary(config: RunConfig) -> dict[str, Any]:
+def summary_of(config: RunConfig) -> dict[str, Any]:
+    """The summary in its run folder, empty where there is none."""
     try:
         return json.loads((config.folder / "summary.json").read_text())
     except (OSError, ValueError):

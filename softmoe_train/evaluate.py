@@ -83,10 +83,10 @@ def measured(own: EvalConfig, overrides: list[str], size: int | None, local_size
 
     def check(config: RunConfig) -> list[str]:
         ranks = size or config.processes
-        return eval_problems(_as_measured(config, warm, ranks), warm, ranks, local_size or ranks)
+        return eval_problems(_as_measured(config, warm, ranks, step), warm, ranks, local_size or ranks)
 
     config = compose_onto(RunConfig, saved, overrides, check)
-    return Measured(_as_measured(config, warm, size or config.processes), own, what, step, images_seen)
+    return Measured(_as_measured(config, warm, size or config.processes, step), own, what, step, images_seen)
 
 
 def _saved(ckpt: str, warm: WarmConfig) -> tuple[Tree, str, int, int]:
@@ -117,15 +117,23 @@ def as_ckpt(told: str) -> str:
     return told.replace("warm.source", "ckpt").replace("warm.weights", "weights")
 
 
-def _as_measured(config: RunConfig, warm: WarmConfig, size: int) -> RunConfig:
-    """The same without anything that only training has: a batch is whatever goes through the ranks at once."""
+def _as_measured(config: RunConfig, warm: WarmConfig, size: int, step: int) -> RunConfig:
+    """The same without anything that only training has: a batch is whatever goes through the ranks at once, `step` is the last."""
     batch = size * config.model.group_images
     data = config.data.model_copy(update={"streams": batch, "mixup": None})
     evals = config.evals
     if evals.routing is not None:  # `softmoe inspect routing=true` draws
         evals = evals.model_copy(update={"routing": evals.routing.model_copy(update={"pictures_every": 0})})
     return config.model_copy(
-        update={"warm": warm, "data": data, "evals": evals, "batch_size": batch, "micro_batches": 1, "average": None}
+        update={
+            "warm": warm,
+            "data": data,
+            "evals": evals,
+            "steps": step,
+            "batch_size": batch,
+            "micro_batches": 1,
+            "average": None,
+        }
     )
 
 
@@ -134,8 +142,16 @@ def eval_problems(config: RunConfig, warm: WarmConfig, size: int, local_size: in
     problems = compute_problems(config, size, local_size)
     if all(value is None for value in dict(config.evals).values()):
         problems.append("evals=[]: there is nothing to measure; choose some, as in evals=[upstream]")
-    if config.evals.reads_test(config.model):
-        problems += check_evaluated(config.data, image_size=config.model.image_size) + label_problems(config)
+    if list(filter(None, dict(config.evals).values())) == [config.evals.routing] and not config.model.has_experts:
+        problems.append(
+            "evals=[routing]: no block of this model holds experts (model.moe.blocks), so it would measure nothing; choose others, as in "
+            "evals=[upstream]"
+        )
+    test, held_out = config.evals.reads_test(config.model), config.evals.reads_held_out(config.data)
+    if test or config.evals.finetune is not None:
+        image_size = config.model.image_size
+        problems += check_evaluated(config.data, image_size=image_size, needs_test=test, needs_train=held_out)
+        problems += label_problems(config)
         problems += set_problems(config.evals, config.data, config.model)
     problems += feature_problems(config.evals.on_sets, config.model.image_size)
     misfits = warm_problems(warm, config.model, config.seed)
@@ -164,7 +180,7 @@ def evaluate(asked: Measured, world: World) -> dict[str, float]:
             world=world.size,
             group=control_group(world),
         )
-        index_shards(config, world, needs_train=False)
+        index_shards(config, world, needs_train=config.evals.reads_held_out(config.data))
         state = TrainState(engine, asked.step, asked.images_seen, Cursor(0), wandb_id="")
         evaluators = build_evaluators(config, world, lambda batches: _Shown(batches, world.main))
         for one in evaluators.values():

@@ -29,6 +29,7 @@ from softmoe_train.warm.sources import opened_source
 Check = Callable[[RunConfig], list[str]]
 
 RECIPES = "finetune"  # the folder of conf/recipe
+JOB_TYPE = "observe.wandb.job_type"
 DECIDED = {  # of a run, by ckpt= and weights=
     "warm": "the weights to start from are those of ckpt=",
     "warm.source": "it is ckpt=",
@@ -80,7 +81,7 @@ def compose_around(
     """A run of these settings whose model is `model`, where that is known, with the `weights` of `ckpt` and a fresh head.
 
     Of its own it has the size of the images, the number of classes and what `overrides` say of `model.KEY` in so many words. `also` may
-    change more of the tree.
+    change more of the tree. To W&B it is a job of the type finetune, unless it was given one.
     """
     keys = [
         "model.image_size",
@@ -95,6 +96,9 @@ def compose_around(
                 _copy_leaf(composed, tree["model"], key.split(".")[1:])
         tree["warm"] |= {"source": ckpt, "weights": weights, "head": "fresh"}
         also(tree)
+        wandb = tree["observe"].get("wandb") if isinstance(tree["observe"], dict) else None
+        if isinstance(wandb, dict) and wandb.get("job_type") == "pretrain" and JOB_TYPE not in map(key_of, overrides):
+            tree["observe"] = {**tree["observe"], "wandb": {**wandb, "job_type": "finetune"}}
 
     return compose(RunConfig, ["warm=weights", *overrides], check, change)
 

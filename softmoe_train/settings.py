@@ -17,8 +17,8 @@ from softmoe_train.checkpoint.saver import RETRY_SECONDS
 from softmoe_train.checkpoint.store import CheckpointConfig, read_documents
 from softmoe_train.config import Record
 from softmoe_train.data import DataConfig, SyntheticConfig, check_data, check_labels
-from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems
-from softmoe_train.evals.finetune import FinetuneAtEnd
+from softmoe_train.engine.deepspeed_config import Decided, DeepSpeedConfig, deepspeed_problems, frozen_experts_problems
+from softmoe_train.evals.finetune import FinetunesAtEnd
 from softmoe_train.evals.measures import measures_of
 from softmoe_train.evals.on_sets import feature_problems
 from softmoe_train.evals.settings import EvalsConfig, set_problems
@@ -87,7 +87,7 @@ class RunConfig(Record):
     bad_steps: BadStepsConfig
     observe: ObserveConfig
     evals: EvalsConfig
-    finetune: dict[str, FinetuneAtEnd]  # by name: at the end of the run, in the same processes
+    finetune: FinetunesAtEnd  # by name: at the end of the run, in the same processes
 
     @field_validator("name")
     @classmethod
@@ -130,12 +130,15 @@ def _retry_problems(config: RunConfig) -> list[str]:
     ]
 
 
-def _frozen_problems(config: RunConfig) -> list[str]:
+def _frozen_problems(config: RunConfig, size: int) -> list[str]:
     """Why nothing, or everything, would be frozen."""
     if not config.optim.frozen:
         return []
     names = [name for name, _ in build_model(config.model, torch.float32).named_parameters()]
-    return frozen_problems(config.optim.frozen, names)
+    problems = frozen_problems(config.optim.frozen, names)
+    if isinstance(config.engine, DeepSpeedConfig):
+        problems += frozen_experts_problems(decided(config, config.engine, size), config.model.num_experts, names)
+    return problems
 
 
 def check(config: RunConfig, size: int, local_size: int) -> list[str]:
@@ -145,7 +148,7 @@ def check(config: RunConfig, size: int, local_size: int) -> list[str]:
     """
     problems = compute_problems(config, size, local_size)
     problems += schedule_problems(config.schedule, config.steps)
-    problems += _best_problems(config) + _retry_problems(config) + _frozen_problems(config)
+    problems += _best_problems(config) + _retry_problems(config) + _frozen_problems(config, size)
     if config.bad_steps.then == "rollback" and config.checkpoint.keep_last == 1:
         problems.append(
             "bad_steps.then=rollback with checkpoint.keep_last=1: a run that is interrupted in the middle of bad steps would keep no "
@@ -274,7 +277,8 @@ def _best_problems(config: RunConfig) -> list[str]:
     best = config.checkpoint.best
     if best is None:
         return []
-    known = measures_of(config.evals, config.model.num_classes, averaged=config.average is not None)
+    averaged, held_out = config.average is not None, config.data.holdout is not None
+    known = measures_of(config.evals, config.model.num_classes, averaged=averaged, held_out=held_out)
     if metric_of(best) not in known:
         some = ", ".join(list(known)[:24])
         remedy = f"use one of {some}" if known else "no evaluator is on (evals=[upstream]); use null"

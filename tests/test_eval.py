@@ -99,3 +99,24 @@ def test_damaged_weights_are_not_measured(run: Path, tmp_path: Path, capsys: pyt
         (step / file.name).write_bytes(data)
     assert main(["eval", f"ckpt={step}"]) == 1
     assert "step_00000020" in capsys.readouterr().err
+
+
+def test_a_fine_tuning_is_tested_at_any_step_and_what_would_measure_nothing_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, own = run.parent / "tuned.json", ["eval", f"ckpt={run}/checkpoints/step_00000020", "evals=[finetune]"]
+    longer = [*own, "steps=99", "evals.finetune.batch_size=32", "data.holdout=0.1", f"out={out}"]
+    assert main(longer) == 0  # of a run that goes on after that step
+    found = json.loads(out.read_text())["metrics"]
+    assert found["finetune/test/top1"] == reported(run, 20, "upstream")["test/top1"] and "finetune/val/top1" in found
+    assert main([*own, "evals.finetune.test=false"]) == 2
+    assert "it would measure nothing" in capsys.readouterr().err
+
+
+def test_the_shards_that_images_are_held_out_of_are_checked_too(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test.tar").touch()
+    words = ["data=transfer", f"data.test={tmp_path}/test.tar", "data.holdout=0.1", "evals=[finetune]"]
+    assert main(["eval", f"ckpt={run}", *words]) == 2
+    assert "data.train" in capsys.readouterr().err

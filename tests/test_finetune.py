@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from softmoe_train.at_end import at_end_problems
+from softmoe_train.at_end import at_end_problems, is_complete
+from softmoe_train.commands import finetune as chosen
 from softmoe_train.commands.main import main
-from softmoe_train.config import ConfigError, compose, config_folder
+from softmoe_train.config import ConfigError, compose, config_folder, save_yaml
 from softmoe_train.dist import World
 from softmoe_train.finetune import compose_finetune
 from softmoe_train.optim.schedule import learning_rate
@@ -28,7 +29,11 @@ AT_THE_END = '"shrink=laptop", "data=synthetic", "data.num_test=16", "data.num_t
 
 def run_of(*overrides: str) -> RunConfig:
     """A checked run on one process."""
-    return compose(RunConfig, [*overrides, *QUIET], lambda c: [*check(c, 1, 1), *at_end_problems(c, 1, 1)])
+    return compose(
+        RunConfig,
+        [*overrides, *QUIET],
+        lambda c: [*check(c, 1, 1), *at_end_problems(c, lambda child: check(child, 1, 1))],
+    )
 
 
 def tuned(*overrides: str) -> RunConfig:
@@ -67,6 +72,7 @@ def test_the_model_is_the_checkpoint_s_with_the_recipe_s_images_and_classes(pret
     )  # slots among what is unchanged
     assert run.warm is not None and (run.warm.source, run.warm.head) == (str(pretrained), "fresh")
     assert (run.name, run.run_dir) == ("finetune-pets-of-mine", "runs/finetune-pets-of-mine")
+    assert run.observe.wandb.job_type == "finetune"
     step = pretrained / "checkpoints" / "step_00000002"
     words = [
         f"ckpt={step}",
@@ -74,6 +80,7 @@ def test_the_model_is_the_checkpoint_s_with_the_recipe_s_images_and_classes(pret
         *SMALL,
         "model.image_size=64",
         "model.moe.sparse.capacity_factor=1.5",
+        "observe.wandb.job_type=pretrain",
     ]
     other = tuned(*words)
     assert other.run_dir == "runs/finetune-pets-of-mine-step_00000002-laptop"
@@ -82,6 +89,7 @@ def test_the_model_is_the_checkpoint_s_with_the_recipe_s_images_and_classes(pret
         before.width,
         1.5,
     )
+    assert other.observe.wandb.job_type == "pretrain"  # as given
 
 
 def test_what_a_fine_tuning_cannot_be_is_refused_before_it_starts(pretrained: Path, tmp_path: Path) -> None:
@@ -186,26 +194,73 @@ def test_a_mistake_in_a_fine_tuning_at_the_end_is_told_before_the_run_starts() -
     said = refused(run_of, *begin, 'finetune.pets.overrides=["data.train=nowhere.tar", "run_dir=x"]')
     assert "finetune.pets: run_dir: it is the run's" in said
     assert "finetune.pets: data.test" in refused(run_of, *begin, 'finetune.pets.overrides=["data.train=nowhere.tar"]')
-    assert "finetune.pets.overrides: no value" in refused(run_of, *begin)
+    said = refused(run_of, *begin, "finetune.pets.overrides=[data=synthetic,steps=4]")
+    assert 'as \'finetune.pets.overrides=["steps=100",' in said
+    assert "finetune.pets: data.train" in refused(run_of, *begin)  # no overrides are none
 
 
 def test_a_rate_is_chosen_on_held_out_images_and_only_the_chosen_one_is_tested(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What fails or diverges is told and not chosen; what was tested is tested again where it is not what is asked now."""
     words = [
+        "finetune",
+        "-m",
         f"ckpt={pretrained}",
         "recipe=finetune/pets",
         *SMALL,
         "steps=6",
         "schedule.warmup_steps=1",
-        f"run_dir={tmp_path}",
     ]
-    assert main(["finetune", "-m", *words, "schedule.peak=1e-9,0.03"]) == 0
+    mine, trained = [*words, f"run_dir={tmp_path}", "schedule.peak=1e-9,0.03,7"], chosen.finetune
+
+    def fails_at_7(overrides: list[str], *, print_only: bool) -> int:
+        if "schedule.peak=7" in overrides:
+            raise RuntimeError("planted")
+        return trained(overrides, print_only=print_only)
+
+    monkeypatch.setattr(chosen, "finetune", fails_at_7)
+    assert main(mine) == 0
     folders = {peak: tmp_path / f"schedule.peak={peak}" for peak in ("1e-09", "0.03")}
     held = {peak: metrics(folder, "finetune/val/loss")[6] for peak, folder in folders.items()}
     assert held["0.03"] < held["1e-09"]  # and so, with equal top-1 at worst, it is chosen
-    table = capsys.readouterr().out
-    assert re.search(r"schedule\.peak=0\.03 .*chosen", table) and re.search(r"schedule\.peak=1e-09 .* -\n", table)
+    said = capsys.readouterr()
+    assert re.search(r"schedule\.peak=0\.03 .*chosen", said.out) and re.search(r"schedule\.peak=1e-09 .* -\n", said.out)
+    assert re.search(r"schedule\.peak=7 +failed +-\n", said.out) and "RuntimeError: planted" in said.err
     assert [(folder / "test.json").is_file() for folder in folders.values()] == [False, True]
     assert [metrics(folder, "finetune/test/top1") for folder in folders.values()] == [{}, {}]
-    assert main(["finetune", "-m", *words]) == 2
+
+    account = folders["0.03"] / "test.json"
+    first = account.read_text()
+    account.write_text(
+        first.replace('"digest": "', '"digest": "0').replace('"finetune/test/top1": ', '"finetune/test/top1": 7')
+    )
+    assert main(mine) == 0 and account.read_text() == first  # of other images, as it said
+    when = account.stat().st_mtime_ns
+    assert main(mine) == 0 and account.stat().st_mtime_ns == when
+
+    summary = folders["0.03"] / "summary.json"
+    summary.write_text(re.sub(r'("finetune/val/loss": )[^,\n]+', r"\1null", summary.read_text()))
+    capsys.readouterr()
+    assert main(mine) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"schedule\.peak=0\.03 +diverged +-\n", table) and re.search(
+        r"schedule\.peak=1e-09 .*chosen", table
+    )
+
+    monkeypatch.setattr(chosen, "finetune", lambda *_, **__: 3)
+    assert main([*words, f"run_dir={tmp_path}/none", "schedule.peak=1,2"]) == 3
+    assert main(words) == 2
+
+
+def test_a_fine_tuning_is_complete_with_the_settings_and_the_shards_that_it_had(tmp_path: Path) -> None:
+    words = ["recipe=debug", "data=digits", "data.test=b.tar", f"run_dir={tmp_path}"]
+
+    def run(*more: str) -> RunConfig:
+        return compose(RunConfig, [*words, "data.train=a.tar", *more], lambda _: [])
+
+    save_yaml(run().as_saved(), tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text(json.dumps({"ended": "complete", "steps": run().steps}))
+    assert is_complete(run()) and is_complete(run("data.test=c.tar", "evals=[]", "processes=2"))
+    for other in ("steps=21", "schedule.peak=0.5", "data.train=c.tar", "data.holdout=0.1"):
+        assert not is_complete(run(other)), other

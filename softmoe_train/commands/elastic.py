@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from softmoe_train.at_end import at_end_problems
+from softmoe_train.at_end import at_end_problems, children_of
 from softmoe_train.commands.workers import ranks, start_no_more
 from softmoe_train.config import ConfigError
 from softmoe_train.dist import World
 from softmoe_train.faults.claim import owner, wait_until_free
 from softmoe_train.launching.meeting import End, Meeting, by_torchrun, restart_of
 from softmoe_train.settings import RunConfig, check
-from softmoe_train.worlds import larger_worlds, lasting_problems, legal_worlds, told, world_problems
+from softmoe_train.worlds import common_problems, larger_worlds, lasting_problems, legal_worlds, told, world_problems
 
 NODES_SECONDS = 600.0  # for which ranks that are too few wait for more nodes
 OWNER_SECONDS = 300.0  # for which a worker that torchrun may have started again waits for the one before it to be gone
@@ -28,7 +28,7 @@ def check_train(config: RunConfig, world: World | None) -> list[str]:
     """Every mistake in the settings of a run, but those of the number of ranks where that may be made smaller."""
     size, local_size = ranks(world, config)
     if world is None or not is_elastic(config):
-        return check(config, size, local_size) + at_end_problems(config, size, local_size)
+        return check(config, size, local_size) + at_end_problems(config, lambda c: check(c, size, local_size))
     # The one before us may be dying still, or be cut off from its launcher and about to find out.
     holder = owner(config.folder)
     if holder is not None:
@@ -37,7 +37,9 @@ def check_train(config: RunConfig, world: World | None) -> list[str]:
                 f"{config.folder} is in use by {holder}: waiting up to {OWNER_SECONDS:.0f} s for it to end", flush=True
             )
         wait_until_free(config.folder, OWNER_SECONDS)
-    return lasting_problems(config, size, local_size) + at_end_problems(config, size, local_size)
+    problems = lasting_problems(config, size, local_size)
+    problems += at_end_problems(config, lambda c: lasting_problems(c, size, local_size))
+    return problems or common_problems(config, children_of(config))
 
 
 def in_legal_world(config: RunConfig, world: World, work: Callable[[World], End]) -> int:
@@ -65,15 +67,16 @@ def in_legal_world(config: RunConfig, world: World, work: Callable[[World], End]
 
 def _legal_size(config: RunConfig, meeting: Meeting, world: World) -> int:
     """The most ranks that can train, told by rank 0 where it is not all; raises ConfigError where nodes do not come."""
-    legal = legal_worlds(config, meeting.hosts)
+    others = children_of(config)  # they are trained in this world too, when the run is complete
+    legal = legal_worlds(config, meeting.hosts, others)
     if legal and legal[-1] == world.size:
         return world.size
-    problems = world_problems(config, world.size, meeting.hosts[0])
-    if not legal and next(larger_worlds(config, world.size), None) is None:
+    problems = world_problems(config, world.size, meeting.hosts[0], others)
+    if not legal and next(larger_worlds(config, world.size, others), None) is None:
         raise ConfigError(problems)
     if world.main:
         waits = "" if legal else f", waiting up to {NODES_SECONDS / 60:.0f} minutes for more nodes"
-        print(f"{told(config, meeting.hosts, legal)}{waits}", flush=True)
+        print(f"{told(config, meeting.hosts, legal, others)}{waits}", flush=True)
     if legal:
         return legal[-1]
     time.sleep(NODES_SECONDS)  # when nodes come, torchrun ends this process and starts it again among them

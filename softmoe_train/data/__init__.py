@@ -12,7 +12,7 @@ from softmoe_train.data.build import (
 from softmoe_train.data.labels import check_labels
 from softmoe_train.data.places import ShardsError, UselessShardsError
 from softmoe_train.data.records import DataConfig, SyntheticConfig, WebDatasetConfig
-from softmoe_train.data.sources import left_out, trained_and_tested
+from softmoe_train.data.sources import facts_of_test, left_out, trained_and_tested
 
 __all__ = [
     "Batch",
@@ -30,6 +30,7 @@ __all__ = [
     "check_evaluated",
     "check_labels",
     "check_streams",
+    "facts_of_test",
     "left_out",
     "make_indexes",
     "trained_and_tested",

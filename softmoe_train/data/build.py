@@ -176,11 +176,14 @@ def check_data(cfg: DataConfig, *, image_size: int, global_batch: int, world: in
     return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
 
 
-def check_evaluated(cfg: DataConfig, *, image_size: int) -> list[str]:
-    """The same where nothing is trained and only `data.test` is read."""
+def check_evaluated(
+    cfg: DataConfig, *, image_size: int, needs_test: bool = True, needs_train: bool = False
+) -> list[str]:
+    """The same where nothing is trained: of `data.test`, and of the training shards where their held-out part is read."""
     if isinstance(cfg, SyntheticConfig):
         return []
-    problems = _check_specs([NamedSpec("data.test", cfg.test)], cfg) + _check_meaning(cfg)
+    specs = [*(training_specs(cfg) if needs_train else []), *([NamedSpec("data.test", cfg.test)] if needs_test else [])]
+    problems = (check_mixture(cfg) if needs_train else []) + _check_specs(specs, cfg) + _check_meaning(cfg)
     return problems + check_transform(cfg.test_transform, image_size, key="data.test_transform")
 
 

@@ -123,6 +123,18 @@ def trained_and_tested(cfg: WebDatasetConfig) -> list[str]:
     return sorted(tested & trained)
 
 
+def facts_of_test(cfg: WebDatasetConfig) -> list[tuple[str, int, int]]:
+    """What tells the test shards of one time from those of another: the place of each and, on this machine, its bytes and when they changed.
+
+    Raises ValueError where they cannot be listed.
+    """
+    facts = []
+    for path in Catalog(Remote(cfg.cache)).paths(cfg.test, key="data.test"):
+        about = None if is_url(path) else os.stat(path)
+        facts.append((path, 0, 0) if about is None else (os.path.realpath(path), about.st_size, about.st_mtime_ns))
+    return facts
+
+
 def left_out(cfg: WebDatasetConfig, *, needs_test: bool) -> list[str]:
     """What a person wants to know of samples that are left out, and of tars that are both trained on and held out, a message each.
 

@@ -11,8 +11,9 @@ from pydantic import field_validator, model_validator
 
 from softmoe_train.config import Record
 from softmoe_train.optim.build import OptimConfig, is_elementwise
+from softmoe_train.optim.groups import expert_dim, is_frozen
 from softmoe_train.optim.schedule import ScheduleConfig
-from softmoe_train.parallel.layout import ParallelConfig
+from softmoe_train.parallel.layout import ParallelConfig, expert_axis
 
 # From 0.19.8 on gradients can be summed, the norm left to us, and copies to the host awaited; the flat partitions that we read
 # are private to a series.
@@ -136,6 +137,20 @@ def deepspeed_problems(decided: Decided) -> list[str]:
             f"parallel.sharding=replicated, or engine=torch"
         )
     return problems + _load(decided)[1]
+
+
+def frozen_experts_problems(decided: Decided, num_experts: int, names: list[str]) -> list[str]:
+    """Why ZeRO would find no expert to train, in a model of so many experts with parameters of these `names`."""
+    stage, frozen = decided.engine.zero_stage, decided.optim.frozen
+    experts = [name for name in names if expert_dim(name) == 0]
+    if not stage or not experts or not all(is_frozen(name, frozen) for name in experts):
+        return []
+    if expert_axis(decided.parallel, num_experts=num_experts, size=decided.size) == 1:
+        return []
+    return [
+        f"optim.frozen={frozen} with engine=deepspeed engine.zero_stage={stage}: every expert is frozen, and ZeRO refuses a model with "
+        f"experts over ranks of which none is trained; use engine=torch, engine.zero_stage=0, or parallel.expert_axis=1"
+    ]
 
 
 def settings(decided: Decided) -> dict[str, Any]:

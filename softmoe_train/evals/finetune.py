@@ -1,9 +1,9 @@
 """This file owns the measures of a fine-tuning: the held-out part of its training images as it goes, the test images once, at its end."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from softmoe_train.config import Record
 from softmoe_train.evals.upstream import UpstreamEvaluator
@@ -23,6 +23,23 @@ class FinetuneAtEnd(Record):
 
     recipe: str
     overrides: list[str]
+
+
+def _with_overrides(asked: Any) -> Any:
+    """What is asked for by name, with no overrides where none are given."""
+    if not isinstance(asked, dict):
+        return asked
+    for name, one in asked.items():
+        given = one.get("overrides") if isinstance(one, dict) else None
+        if given is not None and not (isinstance(given, list) and all(isinstance(word, str) for word in given)):
+            raise ValueError(
+                f"finetune.{name}.overrides={given}: it must be a list of quoted words; write it, whole and quoted for the shell too, as "
+                f'\'finetune.{name}.overrides=["steps=100","schedule.peak=0.01"]\''
+            )
+    return {name: {"overrides": [], **one} if isinstance(one, dict) else one for name, one in asked.items()}
+
+
+FinetunesAtEnd = Annotated[dict[str, FinetuneAtEnd], BeforeValidator(_with_overrides)]
 
 
 class FinetuneEvaluator:

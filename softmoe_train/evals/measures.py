@@ -14,13 +14,16 @@ class Measure(NamedTuple):
     every: int
 
 
-def measures_of(evals: EvalsConfig, num_classes: int, *, averaged: bool) -> dict[str, Measure]:
-    """Every metric that each evaluation of these evaluators has a value for, those of averaged weights included."""
+def measures_of(evals: EvalsConfig, num_classes: int, *, averaged: bool, held_out: bool) -> dict[str, Measure]:
+    """Every metric that each evaluation of these evaluators has a value for, those of averaged weights included.
+
+    `held_out` says whether the data has a held-out part.
+    """
     found: dict[str, Measure] = {}
     if evals.upstream is not None:
         names = evals.upstream.measures(num_classes)
         found |= {f"upstream/{name}": Measure("upstream", evals.upstream.every) for name in names}
-    if evals.finetune is not None:
+    if evals.finetune is not None and held_out:
         found |= {f"finetune/val/{name}": Measure("finetune", evals.finetune.every) for name in MEASURES}
     for source, names in feature_measures(evals.on_sets).items():
         found |= {f"{source}/{name}": Measure(source, evals.on_sets[source].every) for name in names}

@@ -40,6 +40,10 @@ class EvalsConfig(Record):
         tuned = self.finetune is not None and self.finetune.test
         return self.upstream is not None or tuned or (self.routing is not None and model.has_experts)
 
+    def reads_held_out(self, data: DataConfig) -> bool:
+        """Whether any of them reads what `data` holds out of its training shards."""
+        return self.finetune is not None and data.holdout is not None
+
 
 def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]:
     """What the upstream evaluator reads, by set: `data.test`, and whatever else it was given, with its own keys in place of the run's.
@@ -78,14 +82,14 @@ def set_problems(evals: EvalsConfig, data: DataConfig, model: ModelConfig) -> li
 
 def _finetune_problems(evals: EvalsConfig, data: DataConfig) -> list[str]:
     """Why a fine-tuning would be measured by nothing, or by what it was trained on."""
-    if evals.finetune is None or isinstance(data, SyntheticConfig):
+    if evals.finetune is None:
         return []
     if not evals.finetune.test:
         return [
             "evals.finetune.test=false with data.holdout=null: it would measure nothing; hold out a share of the training images, as "
             "data.holdout=0.02"
         ] * (data.holdout is None)
-    both = trained_and_tested(data)
+    both = [] if isinstance(data, SyntheticConfig) else trained_and_tested(data)
     if not both:
         return []
     more = f" and {len(both) - 3} more" if len(both) > 3 else ""

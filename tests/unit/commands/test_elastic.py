@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from softmoe_train.at_end import children_of
 from softmoe_train.commands import elastic
 from softmoe_train.commands.elastic import check_train, in_legal_world
 from softmoe_train.config import ConfigError, compose
 from softmoe_train.dist import World
 from softmoe_train.launching.meeting import End
 from softmoe_train.settings import RunConfig
+from softmoe_train.worlds import legal_worlds, told
 from tests.runs import environment
 
 ALONE = World(0, 1, 0, 1)
@@ -102,3 +104,29 @@ def test_a_worker_waits_for_the_one_before_it_to_leave_the_run_folder(
     composed(tmp_path)
     assert f"run is in use by process {holder.pid} on " in capsys.readouterr().out
     assert holder.wait() == 0
+
+
+def test_a_world_is_legal_where_the_run_and_its_fine_tunings_allow_it(
+    torchrun: dist.TCPStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(streams: int) -> list[str]:
+        own = ["recipe=debug", "batch_size=24", "data.streams=24", "elastic=true", f"run_dir={tmp_path}/run"]
+        child = f'["shrink=laptop", "data=synthetic", "batch_size=64", "data.streams={streams}"]'
+        return [*own, "finetune.pets.recipe=finetune/pets", f"finetune.pets.overrides={child}"]
+
+    def checked(streams: int) -> RunConfig:
+        return compose(RunConfig, words(streams), lambda c: check_train(c, World(0, 6, 0, 6)))
+
+    config = checked(8)  # 6 ranks are the run's, and not the fine-tuning's
+    sizes = legal_worlds(config, [6]), legal_worlds(config, [6], children_of(config))
+    assert sizes == ([1, 2, 3, 4, 6], [1, 2, 4])
+    said = told(config, [6], sizes[1], children_of(config))
+    assert (
+        "finetune.pets: the global batch of 64 images does not divide into 6 ranks" in said and "training on 4" in said
+    )
+    with pytest.raises(ConfigError, match=r"finetune\.pets: parallel\.expert_axis=5"):
+        compose(
+            RunConfig,
+            [*words(8)[:-1], words(8)[-1][:-1] + ', "parallel.expert_axis=5"]'],
+            lambda c: check_train(c, World(0, 6, 0, 6)),
+        )
