@@ -70,13 +70,7 @@ def compose(
     if tree is None:
         raise ConfigError(problems)
     change(tree)
-    config, found = parse(record, tree)
-    problems += found
-    if config is not None and not any(NO_FILE in problem for problem in problems):  # else it would judge another choice
-        problems += check(config)
-    if problems or config is None:
-        raise ConfigError(problems)
-    return config
+    return _checked(record, tree, problems, check)
 
 
 def compose_onto(record: type[R], saved: Tree, overrides: list[str], check: Callable[[R], list[str]]) -> R:
@@ -90,9 +84,14 @@ def compose_onto(record: type[R], saved: Tree, overrides: list[str], check: Call
     tree = filled(saved, composed)
     for override in sorted(map(_quoted, overrides), key=lambda o: not _chooses_group(o)):
         problems += _laid_onto(tree, override)
+    return _checked(record, tree, problems, check)
+
+
+def _checked(record: type[R], tree: Tree, problems: list[str], check: Callable[[R], list[str]]) -> R:
+    """The tree as a record that passes its rules and `check`; raises ConfigError with these `problems` and all others."""
     config, found = parse(record, tree)
-    problems += found
-    if config is not None and not any(NO_FILE in problem for problem in problems):
+    problems = problems + found
+    if config is not None and not any(NO_FILE in problem for problem in problems):  # else it would judge another choice
         problems += check(config)
     if problems or config is None:
         raise ConfigError(problems)
@@ -262,12 +261,11 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
 
 def _kinds_of(saved: Tree) -> list[str]:
     """The choices of groups that make a composed tree of the same kinds as a saved one (of data, of an optimizer, of transforms)."""
-    kinds = {group: saved.get(group) for group in ("data", "optim", "schedule", "engine")}
-    data = kinds["data"] if isinstance(kinds["data"], dict) else {}
-    kinds |= {f"transform@data.{key}": data.get(key) for key in ("train_transform", "test_transform")}
-    named = {group: tree["kind"] for group, tree in kinds.items() if isinstance(tree, dict) and "kind" in tree}
-    files = {group: config_folder() / group.partition("@")[0] / f"{kind}.yaml" for group, kind in named.items()}
-    return [f"{group}={kind}" for group, kind in named.items() if files[group].is_file()]
+    data, groups = saved.get("data"), {group: saved.get(group) for group in ("data", "optim", "schedule", "engine")}
+    transforms = ("train_transform", "test_transform") if isinstance(data, dict) else ()
+    groups |= {f"transform@data.{key}": data.get(key) for key in transforms}  # pyright: ignore[reportOptionalMemberAccess]
+    kinds = [(group, tree.get("kind")) for group, tree in groups.items() if isinstance(tree, dict)]
+    return [f"{g}={kind}" for g, kind in kinds if (config_folder() / g.partition("@")[0] / f"{kind}.yaml").is_file()]
 
 
 def filled(saved: Tree, composed: Tree) -> Tree:
