@@ -76,8 +76,7 @@ def compose(
 def compose_onto(record: type[R], saved: Tree, overrides: list[str], check: Callable[[R], list[str]]) -> R:
     """The configuration of a saved run with `overrides` on top, as a record that passes its rules and `check`.
 
-    An override of a group puts what its files say in the place of what was saved. What `saved`, of an earlier version, does not have
-    is as the YAML says. Raises ConfigError as `compose` does.
+    A group's override replaces what was saved; what an earlier version did not save is as the YAML says. Raises ConfigError as `compose`.
     """
     composed, problems = _compose_tree(_kinds_of(saved))
     assert composed is not None, problems
