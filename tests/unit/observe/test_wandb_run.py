@@ -220,7 +220,7 @@ def test_with_a_login_and_the_service_down_it_warns_once_and_writes_offline(tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 30
     assert done.stdout.count("warning:") == 1, done.stdout
     assert "W&B online did not start" in done.stdout
     assert [row["step"] for row in history_of(tmp_path)] == [10]
