@@ -54,7 +54,7 @@ def _curve_of(run: RunRead, name: str) -> Curve | None:
 
 
 def _group_of(name: str) -> str:
-    if source_of(name) in MEASURED:
+    if source_of(name) in MEASURED and better(name) is not None:  # else how it was measured: a strength, iterations
         return "Quality"
     return {"train": "Training", "router": "Routing, means over blocks"}.get(source_of(name), "Speed and data")
 
