@@ -56,7 +56,8 @@ def build_evaluators(config: RunConfig, world: World, over: Over) -> dict[str, E
     if config.evals.routing is not None and config.model.has_experts:
         routing, blocks = config.evals.routing, moe_blocks(config.model.moe.blocks, config.model.depth)
         images = over(_first_images(config, routing, world))
-        evaluators["router"] = RoutingEvaluator(routing, images, blocks, main=world.main, last=config.steps)
+        last = config.steps if config.steps >= routing.every else None  # a trial of the wiring has nothing to show
+        evaluators["router"] = RoutingEvaluator(routing, images, blocks, main=world.main, last=last)
     return evaluators
 
 
