@@ -72,7 +72,12 @@ class NamedSet:
 
     def said(self, problem: str) -> str:
         """A message about `data` as one about this set."""
-        return _KEY.sub(f"{self.key}.", problem).replace(" (data=synthetic needs none)", "")
+        return of_set(self.key, problem)
+
+
+def of_set(key: str, problem: str) -> str:
+    """A message about `data` as one about the set that `key` gives."""
+    return _KEY.sub(f"{key}.", problem).replace(" (data=synthetic needs none)", "")
 
 
 def named_sets(source: str, config: SetsConfig, image_size: int) -> tuple[list[NamedSet], list[str]]:
@@ -103,15 +108,13 @@ def _named_set(key: str, name: str, given: object, base: ReadConfig) -> tuple[Na
         f"{key}.{other}: there is no such key; a set has {', '.join(known)}" for other in given if other not in known
     ]
     asked = {part: value for part, value in given.items() if part in known}
-    tree = {**_UNUSED, "train": None, "test": None, **_laid_over(base.model_dump(), asked)}
+    tree = {**_UNUSED, "train": None, "test": None, **laid_over(base.model_dump(), asked)}
     data, found = parse(WebDatasetConfig, tree)
-    problems += [
-        _KEY.sub(f"{key}.", problem if problem.startswith("data.") else f"data.{problem}") for problem in found
-    ]
+    problems += [of_set(key, problem if problem.startswith("data.") else f"data.{problem}") for problem in found]
     return None if data is None else NamedSet(key, name, data), problems
 
 
-def _laid_over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def laid_over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`base` with what was given, a mapping key by key unless it is of another kind."""
     merged = dict(base)
     for key, value in given.items():
@@ -121,7 +124,7 @@ def _laid_over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             and isinstance(value, dict)
             and value.get("kind", there.get("kind")) == there.get("kind")
         )
-        merged[key] = _laid_over(there, value) if alike else value  # pyright: ignore[reportArgumentType]
+        merged[key] = laid_over(there, value) if alike else value  # pyright: ignore[reportArgumentType]
     return merged
 
 

@@ -15,7 +15,7 @@ from softmoe_train.evals.knn import KnnConfig
 from softmoe_train.evals.on_sets import feature_configs
 from softmoe_train.evals.probe import ProbeConfig
 from softmoe_train.evals.routing import RoutingConfig
-from softmoe_train.evals.sets import SetsConfig
+from softmoe_train.evals.sets import SetsConfig, laid_over, of_set
 from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.model.records import ModelConfig
 
@@ -58,8 +58,8 @@ def upstream_sets(evals: EvalsConfig, data: DataConfig) -> dict[str, DataConfig]
         if isinstance(data, SyntheticConfig):
             problems.append(f"{key}: data=synthetic has no shards to share settings with; choose a data set of shards")
             continue
-        other, found = parse(WebDatasetConfig, {**data.model_dump(), **own})
-        problems += [f"{key}.{problem.removeprefix('data.')}" for problem in found]
+        other, found = parse(WebDatasetConfig, laid_over(data.model_dump(), own))
+        problems += [of_set(key, problem if problem.startswith("data.") else f"data.{problem}") for problem in found]
         sets |= {name: other} if other is not None else {}
     if problems:
         raise ConfigError(problems)
@@ -76,7 +76,7 @@ def set_problems(evals: EvalsConfig, data: DataConfig, model: ModelConfig) -> li
     for name, other in others.items():
         found = check_evaluated(other, image_size=model.image_size)
         found += check_labels(other, model.num_classes) if isinstance(other, WebDatasetConfig) else []
-        problems += [problem.replace("data.", f"evals.upstream.sets.{name}.") for problem in found]
+        problems += [of_set(f"evals.upstream.sets.{name}", problem) for problem in found]
     return problems
 
 
