@@ -13,6 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from softmoe_train.config import compose
+from softmoe_train.dist import World
+from softmoe_train.run import train
+from softmoe_train.settings import RunConfig, check
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SOFTMOE_SHARED", ROOT.parent / "shared")) / "data"
 
@@ -42,6 +47,13 @@ def softmoe(*overrides: str, folder: Path, ok: bool = True, **changes: str) -> s
     )
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_here(folder: Path, *overrides: str) -> Path:
+    """Train in this process, as one rank, into `folder`; returns it."""
+    config = compose(RunConfig, [*overrides, f"run_dir={folder}"], lambda config: check(config, 1, 1))
+    train(config, World(rank=0, size=1, local_rank=0, local_size=1))
+    return folder
 
 
 def children_of(pid: int) -> list[int]:

@@ -10,12 +10,8 @@ import pytest
 import yaml
 
 from softmoe_train.commands.main import main
-from softmoe_train.config import compose
-from softmoe_train.dist import World
 from softmoe_train.faults.claim import claim
-from softmoe_train.run import train
-from softmoe_train.settings import RunConfig, check
-from tests.runs import SHARED, softmoe, with_digits
+from tests.runs import SHARED, run_here, softmoe, with_digits
 
 CIFAR = [f"data.train={SHARED}/cifar10-train-{{000000..000001}}.tar", f"data.test={SHARED}/cifar10-test-000000.tar"]
 needs_cifar = pytest.mark.skipif(
@@ -73,7 +69,7 @@ def test_cfg_job_needs_no_data(here: Path, capsys: pytest.CaptureFixture[str]) -
 def first_line(folder: Path, *overrides: str) -> dict[str, float]:
     run = folder / str(abs(hash(overrides)))
     steps = ["recipe=debug", "steps=2", "schedule.warmup_steps=1", "observe.every=1", "observe.wandb.mode=disabled"]
-    train(compose(RunConfig, [*steps, f"run_dir={run}", *overrides], lambda c: check(c, 1, 1)), World(0, 1, 0, 1))
+    run_here(run, *steps, *overrides)
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
 
 

@@ -4,20 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_train.config import ConfigError, compose
-from softmoe_train.dist import World
-from softmoe_train.run import train
-from softmoe_train.settings import RunConfig, check
-from tests.runs import metrics, stored
+from softmoe_train.config import ConfigError
+from tests.runs import metrics, run_here, stored
 
 QUIET = ["recipe=debug", "steps=4", "schedule.warmup_steps=1", "observe.every=1", "evals.upstream.every=2"]
 QUIET += ["observe.wandb.mode=disabled", "observe.progress=plain", "checkpoint.every=2", "optim=adafactor"]
 
 
 def go(run: Path, *overrides: str) -> Path:
-    config = compose(RunConfig, [*QUIET, f"run_dir={run}", *overrides], lambda config: check(config, 1, 1))
-    train(config, World(rank=0, size=1, local_rank=0, local_size=1))
-    return run
+    return run_here(run, *QUIET, *overrides)
 
 
 @pytest.fixture(scope="module")

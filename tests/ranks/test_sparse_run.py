@@ -13,7 +13,7 @@ from softmoe_train.config import compose
 from softmoe_train.dist import World
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
-from tests.runs import ROOT, metrics, same_bits, softmoe, stored
+from tests.runs import ROOT, metrics, run_here, same_bits, softmoe, stored
 
 # Noise, priority and losses are on, tokens are dropped; the last group of 30 held-out images is half padding.
 SHORT = [
@@ -31,9 +31,7 @@ MEASURES = (
 
 
 def go(folder: Path, router: str, *more: str) -> Path:
-    overrides = [*SHORT, f"model.moe.router={router}", f"run_dir={folder}", *more]
-    train(compose(RunConfig, overrides, lambda c: check(c, 1, 1)), World(0, 1, 0, 1))
-    return folder
+    return run_here(folder, *SHORT, f"model.moe.router={router}", *more)
 
 
 @pytest.fixture(scope="module", params=["tokens_choice", "experts_choice"])

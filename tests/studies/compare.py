@@ -19,6 +19,7 @@ from softmoe_train.config import compose
 from softmoe_train.model.count import forward_flops
 from softmoe_train.observe.console import start_bar
 from softmoe_train.settings import RunConfig, check
+from tests.studies.options import say
 
 VARIANTS = {
     "dense ViT": ["model.moe.blocks=[]"],
@@ -265,11 +266,6 @@ def main(words: list[str]) -> int:
         return 1
     say("\n".join(["", table(rows), "", f"also in {out / 'compare.md'}; picture: {out / 'compare.png'}"]))
     return 0
-
-
-def say(line: str) -> None:
-    """A line that is seen at once."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""This file owns the words that a study is given: key=value, of keys that it knows."""
+"""This file owns how a study is spoken to: words key=value, of keys that it knows, and lines that are seen at once."""
 
 import sys
 
@@ -10,3 +10,8 @@ def options_of(words: list[str], known: dict[str, str]) -> dict[str, str]:
         print(f"{' '.join(odd)}: there is no such option; write key=value with {', '.join(known)}", file=sys.stderr)
         raise SystemExit(2)
     return known | dict(word.split("=", 1) for word in words)
+
+
+def say(line: str) -> None:
+    """A line that is seen at once."""
+    print(line, flush=True)

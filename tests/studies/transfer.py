@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tests.studies.options import options_of
+from tests.studies.options import options_of, say
 
 OLD, NEW = "[0,1,2,3,4]", "[5,6,7,8,9]"
 SHOTS = (1, 5, 10, 25)
@@ -295,11 +295,6 @@ def main(words: list[str]) -> int:
         return 1
     say("\n".join(["", table(rows), "", f"also in {asked.out / 'table.md'}; picture: {asked.out / 'transfer.png'}"]))
     return 0
-
-
-def say(line: str) -> None:
-    """A line that is seen at once."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from softmoe_train.config import compose
 from softmoe_train.dist import World
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
-from tests.studies.options import options_of
+from tests.studies.options import options_of, say
 
 DENSE, SOFT = ["model.moe.blocks=[]"], ["model.moe.expert_init=independent"]
 WARM = ["warm=weights", "warm.source={dense}"]
@@ -116,11 +116,6 @@ def main(words: list[str]) -> int:
     draw(curves, steps, options["picture"])
     say("\n".join(["", *table(curves), "", f"picture: {options['picture']}"]))
     return 0
-
-
-def say(line: str) -> None:
-    """A line that is seen at once."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

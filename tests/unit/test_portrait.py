@@ -11,10 +11,7 @@ import pytest
 from PIL import Image
 
 from softmoe_train.commands.main import main
-from softmoe_train.config import compose
-from softmoe_train.dist import World
-from softmoe_train.run import train
-from softmoe_train.settings import RunConfig, check
+from tests.runs import run_here
 
 QUIET = [
     "recipe=debug",
@@ -46,9 +43,7 @@ def shard(path: Path, count: int, *, readable: bool = True) -> str:
 
 
 def trained(folder: Path, *overrides: str) -> Path:
-    config = compose(RunConfig, [*QUIET, f"run_dir={folder}", *overrides], lambda config: check(config, 1, 1))
-    train(config, World(rank=0, size=1, local_rank=0, local_size=1))
-    return folder
+    return run_here(folder, *QUIET, *overrides)
 
 
 @pytest.fixture(scope="module")
