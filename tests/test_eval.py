@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from softmoe_train.commands.main import main
-from tests.runs import environment
+from tests.runs import environment, run_here
+from tests.unit.data.conftest import encoded, numbered_picture, write_tar
 
 QUIET = ["observe.wandb.mode=disabled", "observe.progress=off"]
 
@@ -120,3 +121,26 @@ def test_the_shards_that_images_are_held_out_of_are_checked_too(
     words = ["data=transfer", f"data.test={tmp_path}/test.tar", "data.holdout=0.1", "evals=[finetune]"]
     assert main(["eval", f"ckpt={run}", *words]) == 2
     assert "data.train" in capsys.readouterr().err
+
+
+def test_sets_of_the_same_classes_are_measured_each_by_itself(tmp_path: Path) -> None:
+    tar = write_tar(
+        tmp_path / "some.tar",
+        [
+            member
+            for i in range(40)
+            for member in ((f"{i:04d}.png", encoded(numbered_picture(i, 16))), (f"{i:04d}.cls", b"%d" % (i % 10)))
+        ],
+    )
+    short = ["recipe=debug", "steps=2", "schedule.warmup_steps=1", "data=cifar10", "data.streams=8", *QUIET]
+    run = run_here(tmp_path / "run", *short, f"data.train={tar}", f"data.test={tar}")
+    # Of `keep` the labels alone are others: the rest of it is the run's.
+    parts = {"low": "[0,1,2,3,4]", "high": "[5,6,7,8,9]"}
+    words = [
+        f"evals.upstream.sets.{name}={{test: {tar}, keep: {{labels: {labels}}}}}" for name, labels in parts.items()
+    ]
+    of = measured(run, *words)["metrics"]
+    for measure in ("top1", "top5", "loss"):
+        halves = [of[f"upstream/{name}/{measure}"] for name in parts]
+        assert halves[0] != halves[1]
+        assert of[f"upstream/test/{measure}"] == pytest.approx(sum(halves) / 2, rel=1e-12)
