@@ -1,5 +1,7 @@
 """This file owns how a name or a reason from outside is shown: on one line, without what steers a terminal, and not without end."""
 
+from collections.abc import Sequence
+
 _LONGEST = 240  # characters
 
 
@@ -10,6 +12,12 @@ def plain(text: object, longest: int = _LONGEST) -> str:
         half = longest // 2
         text = f"{text[:half]}...{text[-half:]}"
     return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def the_first(words: Sequence[str], most: int) -> str:
+    """The first `most` of some words and how many more there are, as in `a, b and 3 more`."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 def _escape(character: str) -> str:

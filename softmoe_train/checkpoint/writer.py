@@ -9,6 +9,7 @@ from softmoe_train.checkpoint.plan import Whole, WritePlan, gathered
 from softmoe_train.checkpoint.remote import Place
 from softmoe_train.checkpoint.shards import write_shard
 from softmoe_train.checkpoint.staging import Staging
+from softmoe_train.plain import the_first
 
 Written = tuple[list[str], list[StoredChunk], int]  # names, their chunks, the size of the file
 
@@ -34,8 +35,7 @@ def _write(path: Place, staging: Staging, rank: int) -> Written:
     file = path / f"rank_{rank:05d}.safetensors"
     chunks, bad = write_shard(file, staging.shard, staging.bytes)
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        lines = [f"rank {rank}: {', '.join(bad[:5])}{more} hold values that are not finite"]
+        lines = [f"rank {rank}: {the_first(bad, 5)} hold values that are not finite"]
         raise NotFiniteError(f"{path} was not saved", lines)
     return names, chunks, file.stat().st_size
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from braceexpand import braceexpand
 
-from softmoe_train.plain import plain
+from softmoe_train.plain import plain, the_first
 from softmoe_train.redact import without_secrets
 from softmoe_train.stores import URL, driver_problem, url_problem
 
@@ -158,9 +158,8 @@ def _expand_local(spec: str, key: str) -> list[str]:
         found += matches
         missing += [] if matches else [pattern]
     if missing:
-        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ShardsError(
-            f"{key}={spec}: {', '.join(missing[:3])}{rest} cannot be found: every named shard must exist; correct the "
+            f"{key}={spec}: {the_first(missing, 3)} cannot be found: every named shard must exist; correct the "
             f"path or the pattern (relative paths start at {os.getcwd()})."
         )
     return found

@@ -28,7 +28,7 @@ from softmoe_train.data.places import ShardsError
 from softmoe_train.data.quarantine import read_quarantine
 from softmoe_train.data.read import SampleReader
 from softmoe_train.data.records import Part, WebDatasetConfig, path_of
-from softmoe_train.plain import plain
+from softmoe_train.plain import plain, the_first
 
 _FORMAT = 1  # part of a cache file's name: raise it when what is kept changes
 _SHOWN = 20  # labels or entries in a message
@@ -201,10 +201,9 @@ def told_of_quarantine(cfg: WebDatasetConfig, shards: list[Shard], chosen: list[
     ]
     if unmatched:
         known = {shard.sha256 for shard in shards}
-        names = ", ".join(f"{plain(one.shard)} {plain(one.key)}" for one in unmatched[:_SHOWN])
-        more = f" and {len(unmatched) - _SHOWN} more" if len(unmatched) > _SHOWN else ""
+        names = the_first([f"{plain(one.shard)} {plain(one.key)}" for one in unmatched], _SHOWN)
         why = f"{sum(one.sha256 in known for one in unmatched)} of them name a tar that is here and a key that is not"
-        told.append(f"data.quarantine={path}: {len(unmatched)} match no sample here ({why}): {names}{more}")
+        told.append(f"data.quarantine={path}: {len(unmatched)} match no sample here ({why}): {names}")
     return told
 
 

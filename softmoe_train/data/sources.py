@@ -19,6 +19,7 @@ from softmoe_train.data.select import (
     told_of_keep,
     told_of_quarantine,
 )
+from softmoe_train.plain import the_first
 
 
 class NamedSpec(NamedTuple):
@@ -158,9 +159,8 @@ def _told_of_both(training: list[Source], held_out: Source) -> list[str]:
     both = [os.path.basename(shard.path) for shard in held_out.shards if shard.sha256 in trained_on]
     if not both:
         return []
-    more = f" and {len(both) - 3} more" if len(both) > 3 else ""
     return [
-        f"data.test: {', '.join(both[:3])}{more} of {len(held_out.shards)} tars are trained on too: what is measured there is not held out; name "
+        f"data.test: {the_first(both, 3)} of {len(held_out.shards)} tars are trained on too: what is measured there is not held out; name "
         f"the parts apart, as data.train='FOLDER/train-*.tar' data.test='FOLDER/test-*.tar'"
     ]
 

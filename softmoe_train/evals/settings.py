@@ -18,6 +18,7 @@ from softmoe_train.evals.routing import RoutingConfig
 from softmoe_train.evals.sets import SetsConfig, laid_over, of_set
 from softmoe_train.evals.upstream import UpstreamConfig
 from softmoe_train.model.records import ModelConfig
+from softmoe_train.plain import the_first
 
 
 class EvalsConfig(Record):
@@ -92,8 +93,7 @@ def _finetune_problems(evals: EvalsConfig, data: DataConfig) -> list[str]:
     both = [] if isinstance(data, SyntheticConfig) else trained_and_tested(data)
     if not both:
         return []
-    more = f" and {len(both) - 3} more" if len(both) > 3 else ""
     return [
-        f"data.test: {', '.join(both[:3])}{more} is trained on too, and no test of a fine-tuning; name the parts apart, as "
+        f"data.test: {the_first(both, 3)} is trained on too, and no test of a fine-tuning; name the parts apart, as "
         f"data.train='FOLDER/train-*.tar' data.test='FOLDER/test-*.tar'"
     ]

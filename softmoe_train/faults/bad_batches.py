@@ -6,7 +6,7 @@ from pathlib import Path
 
 from softmoe_train.data.batch import Cursor, ImageStream, StoredSample
 from softmoe_train.faults.bad_steps import BadStep
-from softmoe_train.plain import plain
+from softmoe_train.plain import plain, the_first
 
 MOST = 100  # lines; a sick run must not fill the disk
 SHOWN = 3  # samples in a warning
@@ -42,9 +42,7 @@ class BadBatches:
             place = f"its samples are in {self._path}"
         except OSError as error:  # a step is not worth the run
             place = f"its samples could not be written to {self._path} ({error})"
-        named = ", ".join(map(described, samples[:SHOWN]))
-        rest = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
-        return [f"step {bad.step}: {bad.said}; {place}: {named}{rest}"]
+        return [f"step {bad.step}: {bad.said}; {place}: {the_first(list(map(described, samples)), SHOWN)}"]
 
     def _append(self, line: str) -> None:
         with self._path.open("a+b") as file:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from softmoe_train.observe.judged import NUMBERS, Number
-from softmoe_train.plain import plain
+from softmoe_train.plain import plain, the_first
 from softmoe_train.report.read import Curve, RunRead, read_run
 from softmoe_train.report.words import clock
 
@@ -36,9 +36,8 @@ def _number(run: RunRead, number: Number) -> Iterator[str]:
         notes.append(f"at step {int(curve.steps[-1])}")
     sets = number.metrics(run.curves)
     if len(sets) > 1:
-        values = [f"{plain(name, 40)} {run.curves[metric].last:.4f}" for name, metric in list(sets.items())[:SETS]]
-        more = f" and {len(sets) - SETS} more" if len(sets) > SETS else ""
-        notes.append(f"mean of {len(sets)} sets: {', '.join(values)}{more}")
+        values = [f"{plain(name, 40)} {run.curves[metric].last:.4f}" for name, metric in sets.items()]
+        notes.append(f"mean of {len(sets)} sets: {the_first(values, SETS)}")
     averaged = run.number(number._replace(source=f"{number.source}_average"))
     if averaged is not None:
         notes.append(f"averaged weights {averaged.last:.4f}")

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from softmoe_train.observe.judged import NUMBERS, Number, better, source_of
-from softmoe_train.plain import plain
+from softmoe_train.plain import plain, the_first
 from softmoe_train.report.curves import BANDS, curve_groups
 from softmoe_train.report.draw import Look, Point, draw_grid, draw_points
 from softmoe_train.report.grid import grids_of
@@ -257,8 +257,7 @@ def _names(row: Row) -> str:
     names = [plain(run.name) for run in row.runs]
     if names == [row.label]:
         return ""
-    more = f" and {len(names) - RUNS_BELOW} more" if len(names) > RUNS_BELOW else ""
-    return ", ".join(names[:RUNS_BELOW]) + more
+    return the_first(names, RUNS_BELOW)
 
 
 def _seeds(row: Row) -> str:
