@@ -14,19 +14,10 @@ import pytest
 import torch
 
 from softmoe_train.data import Batch, Cursor, WebDatasetConfig, build_stream
-from softmoe_train.data.records import InceptionCrop, RandAugment
-from tests.unit.data.conftest import encoded, numbered_picture, numbers_of, settings, write_tar
+from softmoe_train.data.records import RandAugment
+from tests.unit.data.conftest import INCEPTION, encoded, numbered_picture, numbers_of, settings, write_tar
 
-CROP = InceptionCrop(
-    arithmetic="float32",
-    kind="inception_crop",
-    min_area=0.3,
-    max_area=1.0,
-    min_aspect=0.75,
-    max_aspect=1.33,
-    antialias=True,
-    flip=True,
-)
+CROP = INCEPTION.model_copy(update={"min_area": 0.3, "antialias": True})
 BAD = b"no picture"
 
 
