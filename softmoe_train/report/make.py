@@ -42,7 +42,7 @@ def read_report(named: Sequence[Path], progress: Callable[[int, int], object]) -
             read_run(folder, folder.relative_to(common).as_posix() if folder != common else folder.resolve().name)
         )
         progress(count, len(folders))
-    where = plain(common.resolve().name) if len(runs) != 1 else plain(runs[0].name)
+    where = plain(common.resolve().name or "/") if len(runs) != 1 else plain(runs[0].name)
     return Report(where, rows_of(runs), left_out)
 
 
