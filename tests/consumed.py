@@ -30,9 +30,9 @@ def name_of(pixels: bytes) -> str:
     return hashlib.sha1(pixels).hexdigest()[:16]
 
 
-def recorded(engine: Engine, batch: Batch, lr: float, micro_batches: int) -> StepReport:
+def recorded(engine: Engine, batch: Batch, lr: float, micro_batches: int, *, moves: bool = False) -> StepReport:
     """One step, then a line with the position after it and the pictures that it was given, as one write: a kill leaves all or nothing."""
-    report = TRAIN_STEP(engine, batch, lr, micro_batches)
+    report = TRAIN_STEP(engine, batch, lr, micro_batches, moves=moves)
     pictures = [name_of(image.numpy().tobytes()) for image in batch.images]
     line = {"position": batch.cursor.position, "samples": batch.sample_ids.tolist(), "pictures": pictures}
     os.write(record(), json.dumps(line).encode() + b"\n")
