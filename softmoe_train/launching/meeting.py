@@ -90,9 +90,14 @@ class Meeting:
         It asks by SIGTERM, which nobody needs to hear any more: a rank that it ended so would hide the others' exit code.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with suppress(RuntimeError):  # rank 0 has left, and so all were here
-            self.store.add("left", 1)
-            _wait_until(lambda: self.store.add("left", 0) >= self._world.size, PARTING_SECONDS)
+        others = self._world.size - 1
+        with suppress(RuntimeError):  # rank 0 is gone: it waits no longer than this
+            self.store.add("here", 1)
+            _wait_until(lambda: self.store.add("here", 0) > others, PARTING_SECONDS)
+            if self._world.main:
+                _wait_until(lambda: self.store.add("left", 0) == others, 1.0)
+            else:
+                self.store.add("left", 1)
 
     def wait_for_end(self) -> End:
         """Wait until the main rank has said how the training has ended. Raises ConnectionError where it is lost."""

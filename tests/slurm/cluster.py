@@ -30,6 +30,7 @@ START_SECONDS = 60.0
 END_SECONDS = 20.0
 # Which cluster a daemon belongs to; not in the environment of jobs, which have SLURM_CONF and SLURM_JOB_ID.
 MARK = "SOFTMOE_TESTS_CLUSTER"
+JOB = b"SLURM_JOB_ID="
 CONFIGURATION = """
 ClusterName=softmoe
 SlurmctldHost={host}(127.0.0.1)
@@ -87,10 +88,10 @@ class Cluster:
         own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self.environ = own | {"SLURM_CONF": str(self.configuration)}
 
-    def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """One command of SLURM's to its end, whatever that is."""
+    def run(self, *words: str, folder: Path | None = None, **changes: str) -> subprocess.CompletedProcess[str]:
+        """One command of SLURM's in `folder` to its end, whatever that is, with `changes` in its environment."""
         return subprocess.run(
-            words, env=self.environ | changes, capture_output=True, text=True, timeout=120, check=False
+            words, cwd=folder, env=self.environ | changes, capture_output=True, text=True, timeout=300, check=False
         )
 
     def ask(self, *words: str) -> str:
@@ -118,8 +119,8 @@ class Cluster:
             f"== {log.name}\n{log.read_text(errors='replace')}" for log in sorted(self.folder.glob("*.log"))
         )
 
-    def processes(self) -> dict[int, str]:
-        """Everything that runs because of this cluster: its daemons, and whatever a job has started, by number, with its command."""
+    def processes(self, job: str | None = None) -> dict[int, str]:
+        """Whatever runs because of one job; or of this cluster, daemons too: by number, with its command."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal() or int(entry.name) == os.getpid():
