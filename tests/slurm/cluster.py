@@ -30,7 +30,6 @@ START_SECONDS = 60.0
 END_SECONDS = 20.0
 # Which cluster a daemon belongs to; not in the environment of jobs, which have SLURM_CONF and SLURM_JOB_ID.
 MARK = "SOFTMOE_TESTS_CLUSTER"
-JOB = b"SLURM_JOB_ID="
 CONFIGURATION = """
 ClusterName=softmoe
 SlurmctldHost={host}(127.0.0.1)
@@ -83,6 +82,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.configuration = folder / "slurm.conf"
+        self._daemons: list[subprocess.Popen[bytes]] = []
         # What a surrounding job or shell says of another cluster must not reach ours.
         foreign = ("SLURM", "SBATCH", "SALLOC", "SRUN", "SQUEUE", "SCONTROL")
         own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
@@ -125,15 +125,22 @@ class Cluster:
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal() or int(entry.name) == os.getpid():
                 continue
-            with suppress(OSError):
-                words = (entry / "environ").read_bytes().split(b"\0")
-                of_jobs = f"SLURM_CONF={self.configuration}".encode() in words and any(
-                    word.startswith(b"SLURM_JOB_ID=") for word in words
+            with suppress(OSError):  # it has ended
+                environ = dict(
+                    word.split(b"=", 1) for word in (entry / "environ").read_bytes().split(b"\0") if b"=" in word
                 )
-                if of_jobs or f"{MARK}={self.folder}".encode() in words:  # a zombie has none
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found[int(entry.name)] = command.strip()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                if self._belongs(environ, command, job):
+                    found[int(entry.name)] = command
         return found
+
+    def _belongs(self, environ: dict[bytes, bytes], command: str, job: str | None) -> bool:
+        """Whether a process is of a job (None: of any), or a daemon: one that minds the job's steps, or any."""
+        of_daemons = environ.get(MARK.encode()) == str(self.folder).encode()
+        of = environ.get(b"SLURM_JOB_ID") if environ.get(b"SLURM_CONF") == str(self.configuration).encode() else None
+        if job is None:
+            return of_daemons or of is not None
+        return of == job.encode() or (of_daemons and command.startswith(f"slurmstepd: [{job}."))
 
     def start(self) -> None:
         """Write its configuration, start its daemons, and return when both nodes are idle."""
@@ -174,16 +181,19 @@ class Cluster:
                         os.kill(pid, number)
                 time.sleep(0.2)
         assert not left, f"cannot be ended: {left}"
+        for daemon in self._daemons:
+            daemon.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _daemon(self, name: str, *words: str) -> None:
         program = _program(name)
         assert program is not None, missing()
         with (self.folder / f"{name}_out.log").open("a") as out:
-            subprocess.Popen(
+            daemon = subprocess.Popen(
                 [program, *words], env=self.environ | {MARK: str(self.folder)}, cwd=self.folder, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
+        self._daemons.append(daemon)
 
     def _until(self, ready) -> None:
         until = time.monotonic() + START_SECONDS

@@ -24,7 +24,7 @@ class Desk:
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.slurm.program "$@"\n')
         program.chmod(0o755)
         (folder / "environment.sh").write_text(
-            f'export PATH={folder}/bin:$PATH PYTHONPATH={ROOT}:${{PYTHONPATH:-}} WANDB_MODE=disabled\n'
+            f"export PATH={folder}/bin:$PATH PYTHONPATH={ROOT}:${{PYTHONPATH:-}} WANDB_MODE=disabled\n"
         )
 
     def sbatch(self, *words: str, pace: str = "pace", **changes: str) -> str:

@@ -124,7 +124,9 @@ def test_a_preempted_run_saves_within_the_grace_time_and_requeues_itself(interru
     assert interrupted["job"].count("interrupted by SIGTERM at step") == 3
 
 
-def test_a_cancelled_job_is_not_requeued_and_leaves_a_whole_checkpoint_and_no_process(interrupted: dict[str, str]) -> None:
+def test_a_cancelled_job_is_not_requeued_and_leaves_a_whole_checkpoint_and_no_process(
+    interrupted: dict[str, str],
+) -> None:
     assert interrupted["job"].count("requeued") == 1
     assert interrupted["damage when cancelled"] == "[]"
 
