@@ -27,7 +27,8 @@ FLOORS = {
     "portrait": 5.5,  # the routers of a checkpoint, over pictures
     "evaluate": 5.5,  # a checkpoint measured by the evaluators of a run
     "plan": 5.5,  # a run assembled by run.py, on shapes alone; what counts bytes serves the floor above too
-    "parity": 6, "bench": 6, "sweep": 6, "report": 6,
+    "parity": 6, "bench": 6, "report": 6,
+    "sweep": 6.5,  # its table and heat map are the report's
     "commands": 7,
 }  # fmt: skip
 NO_DIST = ("model", "data", "optim")  # ranks and sizes arrive as arguments

@@ -1,0 +1,220 @@
+"""This file owns the points of a sweep: what each is called, what it is composed of, and that all of them are legal before one starts."""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from softmoe_train.at_end import is_complete
+from softmoe_train.config import ConfigError, expand_sweep
+from softmoe_train.evals.measures import measures_of
+from softmoe_train.faults.claim import owner
+from softmoe_train.finetune import key_of
+from softmoe_train.plain import the_first
+from softmoe_train.report.rows import short_names
+from softmoe_train.settings import RunConfig
+from softmoe_train.sweep.couple import EXPERTS, CoupleError, coupled, coupling_problems, with_words
+from softmoe_train.sweep.settings import SweepConfig
+
+Check = Callable[[RunConfig], list[str]]
+Composing = Callable[[list[str], Check], RunConfig]
+PLAIN = re.compile(r"[A-Za-z_./][\w./=+-]*")  # what Hydra's grammar takes for a string as it is
+WORDS = {"true", "false", "null", "nan", "inf"}
+LONGEST = 120  # characters of a label
+NAMED = 6  # points that share a mistake
+FOLDERS = ("name", "run_dir", "checkpoint.folder", "observe.wandb.group")  # they tell no two points apart
+
+
+class Kind(NamedTuple):
+    """What is swept: the verb of a point, how its overrides compose, what is checked of it, what every point is told beside."""
+
+    verb: str
+    compose: Composing
+    check: Check
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    label: str  # the name of its folder
+    overrides: list[str]
+    swept: dict[str, str]  # the keys that tell it from the others, with their values
+    coupled: dict[str, str]  # what follows from them
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return self.config.folder
+
+    @property
+    def digest(self) -> str:
+        """Of all its settings but where they lie and what they are called."""
+        return digest_of(self.config)
+
+
+def digest_of(config: RunConfig) -> str:
+    """Of all settings but where the run lies and what it is called."""
+    tree = config.as_saved()
+    tree["checkpoint"]["folder"] = tree["observe"]["wandb"]["group"] = None
+    kept = {key: value for key, value in tree.items() if key not in FOLDERS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def grid_points(
+    kind: Kind, settings: SweepConfig, overrides: list[str], progress: Callable[[int, int], object]
+) -> list[Point]:
+    """Every combination of the swept values, the last key fastest; raises ConfigError with the mistakes of all, each with its points."""
+    swept = swept_keys(overrides)
+    if not swept:
+        raise ConfigError([f"no override has several values; write them as in {EXPERTS}=8,16,32, or leave -m out"])
+    return points_of(kind, settings, expand_sweep(overrides), swept, progress)
+
+
+def points_of(
+    kind: Kind,
+    settings: SweepConfig,
+    lines: list[list[str]],
+    swept: list[str],
+    progress: Callable[[int, int], object] = lambda _, __: None,
+) -> list[Point]:
+    """The points of these lines of overrides, which differ in the keys `swept`; raises ConfigError with all their mistakes."""
+    given = [key_of(word) for word in lines[0] if key_of(word) not in swept]
+    problems = coupling_problems(settings, swept, given)
+    problems += [
+        f"{key}: it is that of the whole sweep; give one" for key in ("run_dir", "checkpoint.folder") if key in swept
+    ]
+    if problems:
+        raise ConfigError(problems)
+    points: list[Point] = []
+    wrong: dict[str, list[str]] = defaultdict(list)  # labels, by mistake
+    for count, words in enumerate(lines, start=1):
+        label = label_of(words, swept)
+        try:
+            points.append(_point(kind, settings, words, swept, label))
+        except ConfigError as error:
+            for problem in error.problems:
+                wrong[problem].append(label)
+        except CoupleError as error:
+            wrong[str(error)].append(label)
+        progress(count, len(lines))
+    problems = [
+        problem if len(labels) == len(lines) else f"{the_first(labels, NAMED)}: {problem}"
+        for problem, labels in wrong.items()
+    ]
+    problems += _alike(points)
+    if problems:
+        raise ConfigError(problems)
+    return points
+
+
+def swept_keys(overrides: list[str]) -> list[str]:
+    """The keys that are given several values, or one that may become several (`key=choice(8)`)."""
+    return [key_of(override) for override in overrides if expand_sweep([override]) != [[override]]]
+
+
+def label_of(words: list[str], swept: list[str]) -> str:
+    """What a point is called: its swept values by the last parts of their keys; the same however many values the keys have."""
+    short, parts = short_names(swept), []
+    for word in words:
+        key, value = key_of(word), word.partition("=")[2]
+        if key in swept:
+            parts.append(
+                f"{short[key]}={re.sub(r'[^A-Za-z0-9._=+-]+', '-', value.strip(_QUOTES)).strip('-') or 'none'}"
+            )
+    label = "_".join(parts)
+    if len(label) > LONGEST:
+        label = f"{label[:LONGEST]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return label
+
+
+_QUOTES = "'\""
+
+
+def word_of(key: str, value: str) -> str:
+    """An override that Hydra's grammar takes for this text, whatever is in it."""
+    plain = PLAIN.fullmatch(value) and value.lower() not in WORDS
+    return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
+
+
+def measure_of(settings: SweepConfig, points: Iterable[Point]) -> str:
+    """The rule by which points are compared, as in `highest upstream/test/top1`; raises ConfigError where one does not measure it."""
+    rules = [_measured(point.config) for point in points]
+    if settings.measure is None:
+        usual = "highest upstream/test/top1"
+        return usual if all(usual.partition(" ")[2] in known for known in rules) else "lowest train/loss"
+    metric = settings.measure.partition(" ")[2]
+    lacking = [point.label for point, known in zip(points, rules, strict=True) if metric not in known]
+    if lacking:
+        known = sorted(set.intersection(*map(set, rules)))
+        raise ConfigError(
+            [
+                f"sweep.measure={settings.measure}: {the_first(lacking, NAMED)} would not measure {metric}; use one of {the_first(known, 24)}"
+            ]
+        )
+    return settings.measure
+
+
+def _measured(config: RunConfig) -> set[str]:
+    averaged, held_out = config.average is not None, config.data.holdout is not None
+    known = measures_of(config.evals, config.model.num_classes, averaged=averaged, held_out=held_out)
+    return {"train/loss", *known, *(f"finetune/{name}/top1" for name in config.finetune)}
+
+
+def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str], label: str) -> Point:
+    def composed(words: list[str]) -> RunConfig:
+        return kind.compose(words, lambda _: [])
+
+    config = composed(words)
+    base = [word for word in words if key_of(word) != EXPERTS]
+    follow = coupled(settings, config, lambda: composed(base))
+    given = set(map(key_of, words))
+    folder = config.folder if "run_dir" in given else config.folder.with_name(f"{config.folder.name}-sweep")
+    more = [*kind.also, *follow, word_of("run_dir", str(folder / label))]
+    if config.checkpoint.folder is not None:
+        more.append(word_of("checkpoint.folder", f"{config.checkpoint.folder.rstrip('/')}/{label}"))
+    if config.observe.wandb.group is None:
+        more.append(word_of("observe.wandb.group", config.name if "name" in given else folder.name))
+    if "name" not in swept:
+        more.append(word_of("name", label))
+    overrides = with_words(words, more)
+    values, coupled_values = ({key_of(word): word.partition("=")[2] for word in some} for some in (words, follow))
+    mine = {key: value for key, value in values.items() if key in swept}
+    config = kind.compose(overrides, lambda config: _problems(config, kind.check))
+    return Point(label, overrides, mine, coupled_values, config)
+
+
+def _problems(config: RunConfig, check: Check) -> list[str]:
+    """Why a point must not start; one that has come to its end needs nothing more, and one that runs was checked."""
+    if is_complete(config):
+        return []
+    if owner(config.folder) is not None:
+        apart = config.checkpoint.model_copy(update={"folder": None})
+        config = config.model_copy(update={"run_dir": f"{config.run_dir}-running", "checkpoint": apart})
+    return check(config)
+
+
+def _alike(points: list[Point]) -> list[str]:
+    """Two points in one folder, or with the same settings; or folders that are not of one sweep."""
+    problems = []
+    for what, key in (("folder", lambda p: str(p.folder)), ("settings", lambda p: p.digest)):
+        found: dict[str, list[str]] = defaultdict(list)
+        for point in points:
+            found[key(point)].append(" ".join(f"{k}={v}" for k, v in point.swept.items()))
+        problems += [
+            f"{the_first(same, NAMED)}: these points have the same {what}; leave all but one out"
+            for same in found.values()
+            if len(same) > 1 and not any(other in problem for problem in problems for other in same)
+        ]
+    folders = sorted({str(point.folder.parent) for point in points})
+    if len(folders) > 1:
+        problems.append(
+            f"the points would lie in {the_first(folders, NAMED)}: the sweep needs one folder; give it as run_dir=runs/mine"
+        )
+    return problems
