@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -60,7 +61,9 @@ def added(words: list[str]) -> list[str]:
     if "softmoe train" in rest and "/data/" in rest:
         steps = ["steps=4", "schedule.warmup_steps=1"]
         shrunk = [] if "shrink=" in rest else ["shrink=laptop"]
-        own = [word for word in words if word.startswith("run_dir=")]
+        own = [word for word in words if word.startswith("run_dir=")] or [
+            f"run_dir=runs/small-{zlib.crc32(rest.encode())}"
+        ]
         fewshot = (
             ["evals.fewshot.shots=[1]", "evals.fewshot.every=4", "evals.knn.every=4", "evals.probe.every=4"]
             if "fewshot" in rest
@@ -92,7 +95,8 @@ def prepare(folder: Path) -> None:
             (folder / "data" / name / part).mkdir()
             for tar in (folder / "data" / name).glob(f"{part}-*.tar"):
                 tar.rename(folder / "data" / name / part / tar.name)
-    (folder / "data" / "train").symlink_to("photos/train")
+    for part in ("train", "test"):
+        (folder / "data" / part).symlink_to(f"photos/{part}")
 
 
 class Done(NamedTuple):

@@ -29,7 +29,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Line, D
     """The folder in which all of them have run in order, and how each ended."""
     folder = tmp_path_factory.mktemp("readme")
     prepare(folder)
-    return folder, {line: run(line, folder) for line in LINES}
+    done: dict[str, Done] = {}
+    for line in LINES:
+        if line.text not in done:  # some stand in a guide and in the reference
+            done[line.text] = run(line, folder)
+    return folder, {line: done[line.text] for line in LINES}
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.text)
