@@ -12,7 +12,7 @@ from softmoe_train.launching.worker import RESUME
 from softmoe_train.plain import plain
 from softmoe_train.sweep.cost import costs_of, print_costs
 from softmoe_train.sweep.ledger import FILE, Ledger, open_ledger
-from softmoe_train.sweep.local import LocalGrid
+from softmoe_train.sweep.local import LocalGrid, command_of
 from softmoe_train.sweep.measure import measure_of
 from softmoe_train.sweep.outcome import Launcher, Outcome, log_of
 from softmoe_train.sweep.points import Kind, Point, grid_points
@@ -79,7 +79,7 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
 def build_launcher(sweep: Sweep) -> Launcher:
     """Who starts the points of this sweep."""
     room = room_for(sweep.points, sweep.settings.processes, devices_here(os.environ))
-    return LocalGrid(sweep.kind.verb, room, sweep.settings.retries, Show())
+    return LocalGrid(command_of(sweep.kind.verb), room, sweep.settings.retries, Show())
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
