@@ -4,7 +4,7 @@ from softmoe_train.commands.elastic import check_train
 from softmoe_train.commands.train import compose_train
 from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError
-from softmoe_train.sweep.drive import exit_code, make_sweep, run_sweep, tell_end
+from softmoe_train.sweep.drive import exit_code, make_sweep, run_sweep, show_results, tell_end
 from softmoe_train.sweep.points import Kind
 
 
@@ -13,6 +13,7 @@ def sweep(overrides: list[str]) -> int:
     refuse_launcher("train")
     made = make_sweep(Kind("train", compose_train, lambda config: check_train(config, None)), overrides)
     outcomes = run_sweep(made)
+    show_results(made, outcomes)
     tell_end(made, outcomes)
     return exit_code(outcomes)
 

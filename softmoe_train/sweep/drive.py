@@ -12,9 +12,10 @@ from softmoe_train.launching.worker import RESUME
 from softmoe_train.plain import plain
 from softmoe_train.sweep.cost import costs_of, print_costs
 from softmoe_train.sweep.ledger import FILE, Ledger, open_ledger
-from softmoe_train.sweep.local import LocalGrid
+from softmoe_train.sweep.local import LocalGrid, command_of
+from softmoe_train.sweep.measure import measure_of
 from softmoe_train.sweep.outcome import Launcher, Outcome, log_of
-from softmoe_train.sweep.points import Kind, Point, grid_points, measure_of
+from softmoe_train.sweep.points import Kind, Point, grid_points
 from softmoe_train.sweep.result import print_results, write_results
 from softmoe_train.sweep.room import devices_here, room_for, room_problems
 from softmoe_train.sweep.settings import SweepConfig, Words, compose_sweep, words_of
@@ -49,7 +50,7 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
         try:
             points = grid_points(kind, settings, words.runs, _Patience("points checked"))
             problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
-            return _checked(Sweep(kind, settings, words, points, measure_of(settings, points)), problems)
+            return _checked(Sweep(kind, settings, words, points, measure_of(settings.measure, points)), problems)
         except ConfigError as error:
             problems += error.problems
     raise ConfigError(problems)
@@ -62,7 +63,7 @@ def _checked(sweep: Sweep, problems: list[str]) -> Sweep:
 
 
 def run_sweep(sweep: Sweep) -> list[Outcome]:
-    """Tell what it costs, run what is to be run and show what it comes to; raises ConfigError where another process has this sweep."""
+    """Tell what it costs, then run what is to be run; raises ConfigError where another process has this sweep."""
     if sweep.settings.only_cost:
         _tell_costs(sweep, Ledger(sweep.folder / FILE))
         return []
@@ -72,17 +73,13 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
             _tell_costs(sweep, ledger)
         for point in sweep.points:
             ledger.plan(point)
-        outcomes = build_launcher(sweep).run(sweep.points, ledger)
-        if exit_code(outcomes) != RESUME:
-            print_results(outcomes, sweep.measure)
-            print(*write_results(sweep.folder, outcomes, sweep.measure), sep="\n", flush=True)
-        return outcomes
+        return build_launcher(sweep).run(sweep.points, ledger)
 
 
 def build_launcher(sweep: Sweep) -> Launcher:
     """Who starts the points of this sweep."""
     room = room_for(sweep.points, sweep.settings.processes, devices_here(os.environ))
-    return LocalGrid(sweep.kind.verb, room, sweep.settings.retries, Show())
+    return LocalGrid(command_of(sweep.kind.verb), room, sweep.settings.retries, Show())
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -109,6 +106,13 @@ def tell_end(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
             f"{states.count('stopped')} of {len(states)} points were stopped by stop_after; the same command without it goes on",
             flush=True,
         )
+
+
+def show_results(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
+    """The table of all points, the heat map and the report; not of a sweep that was asked to end, and may have seconds for it."""
+    if outcomes and exit_code(outcomes) != RESUME:
+        print_results(outcomes, sweep.measure)
+        print(*write_results(sweep.folder, outcomes, sweep.measure), sep="\n", flush=True)
 
 
 def _tell_costs(sweep: Sweep, ledger: Ledger) -> None:
