@@ -11,7 +11,7 @@ from softmoe_train.sweep.points import Kind
 def sweep(overrides: list[str]) -> int:
     """Check every point, then run those that are not complete; raises ConfigError before anything is started."""
     refuse_launcher("train")
-    made = make_sweep(Kind("train", compose_train, lambda config: check_train(config, None)), overrides)
+    made = make_sweep(Kind("train", compose_train, check_train), overrides)
     outcomes = run_sweep(made)
     tell_end(made, outcomes)
     return exit_code(outcomes)

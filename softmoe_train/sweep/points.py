@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from softmoe_train.at_end import is_complete
 from softmoe_train.config import ConfigError, expand_sweep
+from softmoe_train.dist import World
 from softmoe_train.evals.measures import measures_of
 from softmoe_train.faults.claim import owner
 from softmoe_train.finetune import key_of
@@ -34,8 +35,15 @@ class Kind(NamedTuple):
 
     verb: str
     compose: Composing
-    check: Check
+    check: Callable[[RunConfig, World | None], list[str]]
     also: tuple[str, ...] = ()
+    world: World | None = None  # in which each point trains, elsewhere; None: this machine, as its settings say
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Every mistake in a point; what only the machines of its job could tell is left to them."""
+        if self.world is not None and config.device == "cuda":
+            config = config.model_copy(update={"device": "auto"})
+        return self.check(config, self.world)
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str]
     overrides = with_words(words, more)
     values, coupled_values = ({key_of(word): word.partition("=")[2] for word in some} for some in (words, follow))
     mine = {key: value for key, value in values.items() if key in swept}
-    config = kind.compose(overrides, lambda config: _problems(config, kind.check))
+    config = kind.compose(overrides, lambda config: _problems(config, kind.problems))
     return Point(label, overrides, mine, coupled_values, config)
 
 
