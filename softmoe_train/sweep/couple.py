@@ -9,7 +9,6 @@ from typing import Any
 
 from softmoe_train.asked import unread
 from softmoe_train.config import flat
-from softmoe_train.finetune import key_of
 from softmoe_train.parallel.layout import listed
 from softmoe_train.settings import RunConfig
 from softmoe_train.sweep.settings import SweepConfig
@@ -73,12 +72,6 @@ def coupled(settings: SweepConfig, config: RunConfig, base: Callable[[], RunConf
     if read:
         raise CoupleError(f"{'; '.join(read)}: a coupling of it would do nothing{_sparse_slots(config, found)}")
     return words
-
-
-def with_words(words: list[str], more: list[str]) -> list[str]:
-    """Overrides with `more` in the place of those of the same keys."""
-    keys = set(map(key_of, more))
-    return [*(word for word in words if key_of(word) not in keys), *more]
 
 
 def keys_of(expression: str) -> list[str]:

@@ -11,16 +11,18 @@ from softmoe_train.config import ConfigError
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.plain import plain
 from softmoe_train.sweep.cost import costs_of, print_costs
-from softmoe_train.sweep.jobs import SlurmJobs, world_of_jobs
+from softmoe_train.sweep.jobs import SlurmJobs
 from softmoe_train.sweep.ledger import FILE, Ledger, open_ledger
-from softmoe_train.sweep.local import LocalGrid
+from softmoe_train.sweep.local import LocalGrid, command_of
+from softmoe_train.sweep.measure import measure_of
 from softmoe_train.sweep.outcome import Launcher, Outcome, log_of
 from softmoe_train.sweep.plugins import launcher_settings
-from softmoe_train.sweep.points import Kind, Point, grid_points, measure_of
+from softmoe_train.sweep.points import Kind, Point, grid_points
 from softmoe_train.sweep.result import print_results, write_results
 from softmoe_train.sweep.room import devices_here, room_for, room_problems
 from softmoe_train.sweep.settings import BASIC, SweepConfig, Words, compose_sweep, words_of
 from softmoe_train.sweep.show import Show
+from softmoe_train.sweep.submission import world_of_jobs
 
 PATIENCE_SECONDS = 5.0  # after which what takes long tells how far it is
 CODES = {"complete": 0, "stopped": 0, "pending": 0, "running": 0}
@@ -49,16 +51,27 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
     points: list[Point] = []
     if settings is not None:
         try:
-            if words.launcher != BASIC and not problems:
-                world = world_of_jobs(launcher_settings(words.hydra))
-                kind = kind._replace(world=world, also=(*kind.also, f"processes={world.size}"))
+            if words.sweeper != BASIC:
+                problems.append(
+                    f"hydra/sweeper={words.sweeper} chooses points for softmoe train -m alone; leave it out"
+                )
+            if not problems:
+                kind = placed(kind, words)
             points = grid_points(kind, settings, words.runs, _Patience("points checked"))
             if kind.world is None:
                 problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
-            return _checked(Sweep(kind, settings, words, points, measure_of(settings, points)), problems)
+            return _checked(Sweep(kind, settings, words, points, measure_of(settings.measure, points)), problems)
         except ConfigError as error:
             problems += error.problems
     raise ConfigError(problems)
+
+
+def placed(kind: Kind, words: Words) -> Kind:
+    """The kind with the world in which its points train; raises ConfigError."""
+    if words.launcher == BASIC:
+        return kind
+    world = world_of_jobs(launcher_settings(words.hydra))
+    return kind._replace(world=world, also=(*kind.also, f"processes={world.size}"))
 
 
 def _checked(sweep: Sweep, problems: list[str]) -> Sweep:
@@ -68,7 +81,7 @@ def _checked(sweep: Sweep, problems: list[str]) -> Sweep:
 
 
 def run_sweep(sweep: Sweep) -> list[Outcome]:
-    """Tell what it costs, run what is to be run and show what it comes to; raises ConfigError where another process has this sweep."""
+    """Tell what it costs, then run what is to be run; raises ConfigError where another process has this sweep."""
     if sweep.settings.only_cost:
         _tell_costs(sweep, Ledger(sweep.folder / FILE))
         return []
@@ -78,11 +91,7 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
             _tell_costs(sweep, ledger)
         for point in sweep.points:
             ledger.plan(point)
-        outcomes = build_launcher(sweep).run(sweep.points, ledger)
-        if exit_code(outcomes) != RESUME:
-            print_results(outcomes, sweep.measure)
-            print(*write_results(sweep.folder, outcomes, sweep.measure), sep="\n", flush=True)
-        return outcomes
+        return build_launcher(sweep).run(sweep.points, ledger)
 
 
 def build_launcher(sweep: Sweep) -> Launcher:
@@ -91,7 +100,7 @@ def build_launcher(sweep: Sweep) -> Launcher:
         settings = launcher_settings(sweep.words.hydra)
         return SlurmJobs(sweep.kind.verb, sweep.folder, settings, sweep.settings.retries, Show())
     room = room_for(sweep.points, sweep.settings.processes, devices_here(os.environ))
-    return LocalGrid(sweep.kind.verb, room, sweep.settings.retries, Show())
+    return LocalGrid(command_of(sweep.kind.verb), room, sweep.settings.retries, Show())
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -118,6 +127,13 @@ def tell_end(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
             f"{states.count('stopped')} of {len(states)} points were stopped by stop_after; the same command without it goes on",
             flush=True,
         )
+
+
+def show_results(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
+    """The table of all points, the heat map and the report; not of a sweep that was asked to end, and may have seconds for it."""
+    if outcomes and exit_code(outcomes) != RESUME:
+        print_results(outcomes, sweep.measure)
+        print(*write_results(sweep.folder, outcomes, sweep.measure), sep="\n", flush=True)
 
 
 def _tell_costs(sweep: Sweep, ledger: Ledger) -> None:

@@ -4,54 +4,32 @@ The name of a job says which point of which sweep it is, so whoever comes after 
 """
 
 import hashlib
-import importlib
-import json
-import os
-import shlex
 import signal
-import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from softmoe_train.at_end import is_complete
 from softmoe_train.config import ConfigError
-from softmoe_train.dist import World
 from softmoe_train.faults.claim import owner
 from softmoe_train.faults.stop import ASKING
+from softmoe_train.sweep.job_end import JobEnd, end_of
 from softmoe_train.sweep.ledger import Ledger
-from softmoe_train.sweep.outcome import FOR_GOOD, Outcome, ended, given_up, log_of, step_of_run
+from softmoe_train.sweep.outcome import FOR_GOOD, Outcome, given_up, log_of, step_of_run
 from softmoe_train.sweep.points import Point
 from softmoe_train.sweep.show import Running, Show
-from softmoe_train.sweep.slurm_queue import Queued, QueueError, queue, state_of
+from softmoe_train.sweep.slurm_queue import Queued, QueueError, queue
+from softmoe_train.sweep.submission import FOLDER, keep_private, submit
 from softmoe_train.sweep.submitted import SubmittedPoint
 
-FOLDER = ".submitit"  # of the sweep
 QUICK_SECONDS, CALM_SECONDS, QUICK_FOR = (
     1.0,
     10.0,
     60.0,
 )  # between two looks at the queue, and how long after something happened
-OURS = ("submitit_folder", "name", "_target_", "additional_parameters", "setup", "array_parallelism", "max_num_timeout")
-SHARED = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "stderr_to_stdout")
-OF_NO_POINT = (
-    "TIMEOUT",
-    "CANCELLED",
-    "NODE_FAIL",
-    "PREEMPTED",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "REVOKED",
-)  # how jobs end that did not fail
-
-
-def world_of_jobs(settings: dict[str, Any]) -> World:
-    """The world in which each job trains: a rank a task."""
-    nodes, tasks = int(settings["nodes"] or 1), int(settings["tasks_per_node"] or 1)
-    return World(0, nodes * tasks, 0, tasks)
 
 
 @dataclass
@@ -112,13 +90,14 @@ class SlurmJobs:
         label, job = point.label, queued.get(self._name(point))
         last = next((one for one in reversed(ledger.of(label, "started")) if "job" in one), None)
         if job is not None:
-            known = last is not None and last["job"] == job.number
-            if known and last["digest"] != point.digest:
+            if (
+                last is None or last["job"] != job.number
+            ):  # submitted by a sweep that was killed before it could note that
+                ledger.start(point, job=job.number)
+            elif last["digest"] != point.digest:
                 raise ConfigError(
                     [f"{label}: job {job.number} runs it with other settings; wait for it, or scancel {job.number}"]
                 )
-            if not known:  # submitted by a sweep that was killed before it could note that
-                ledger.start(point, job=job.number)
             self._active[label] = Job(point, job.number, step_of_run(point), job.waits)
             self._show.tell(f"{label}: {'waits' if job.waits else 'runs'} already as job {job.number}")
             return
@@ -142,7 +121,7 @@ class SlurmJobs:
                 continue
             waiting.remove(point)
             since = step_of_run(point)
-            number = self._executor(point).submit(self._submitted(point)).job_id
+            number = submit(self._submitted(point), self._name(point), self._folder / FOLDER, self._settings)
             attempt = ledger.start(point, job=number)
             self._active[point.label] = Job(point, number, since)
             self._happened = time.monotonic()
@@ -167,11 +146,9 @@ class SlurmJobs:
                 continue
             del self._active[label]
             self._happened = time.monotonic()
-            outcome, asked = self._close(job, ledger)
+            outcome, time_is_up = self._close(job, ledger)
             failed_once = outcome.state == "failed" and outcome.code not in FOR_GOOD
-            ran_out = (
-                outcome.state == "interrupted" and asked not in ("SIGTERM", None) and step_of_run(job.point) > job.since
-            )
+            ran_out = time_is_up and step_of_run(job.point) > job.since
             if ran_out or (failed_once and given_up(job.point, ledger, self._retries) is None):
                 waiting.append(job.point)
                 self._show.tell(f"{label}: {outcome.reason}; it is submitted again")
@@ -180,54 +157,12 @@ class SlurmJobs:
             see = "" if outcome.state == "complete" else f"; see {log_of(job.point)}"
             self._show.tell(f"{label}: {outcome.reason}{see}")
 
-    def _close(self, job: Job, ledger: Ledger) -> tuple[Outcome, str | None]:
-        """What came of a job that is over, noted in the ledger, and what had asked it to end."""
-        outcome, asked = self._came_of(job)
-        step = step_of_run(job.point)
-        ledger.end(job.point, outcome.state, code=outcome.code, reason=outcome.reason, step=step, job=job.number)
-        return outcome, asked
-
-    def _came_of(self, job: Job) -> tuple[Outcome, str | None]:
-        point, notes = job.point, self._notes(job.number)
-        if is_complete(point.config):
-            return Outcome(point, "complete", 0, "complete"), None
-        bad = [note for note in notes if note["code"]]
-        if notes and not bad:
-            return ended(point, 0), None
-        if bad:
-            # The first that failed; the others were ended because of it.
-            first = min(bad, key=lambda note: (ended(point, note["code"]).state != "failed", note["time"]))
-            outcome, rank = ended(point, first["code"]), first["rank"]
-            if rank and outcome.state == "failed":
-                outcome = outcome._replace(
-                    reason=f"rank {rank} {outcome.reason} ({point.folder / f'output.{rank}.log'})"
-                )
-            return outcome, next(iter(first["asked"]), "time_limit")
-        state = state_of(job.number)
-        if state is None or state.startswith(OF_NO_POINT):
-            asked = "TIMEOUT" if state == "TIMEOUT" else None
-            return Outcome(
-                point,
-                "interrupted",
-                None,
-                f"job {job.number} is gone at step {step_of_run(point)} ({state or 'unknown'})",
-            ), asked
-        return Outcome(point, "failed", 1, f"job {job.number} ended with {state}; see {self._folder / FOLDER}"), None
-
-    def _notes(self, number: str) -> list[dict[str, Any]]:
-        """How the tasks of a job ended, in its last start."""
-        found: dict[int, list[dict[str, Any]]] = {}
-        for path in (self._folder / FOLDER).glob(f"{number}_*_*.json"):
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                note = json.loads(path.read_text())
-                kept = {
-                    "rank": int(note["rank"]),
-                    "code": int(note["code"]),
-                    "time": float(note["time"]),
-                    "asked": [str(one) for one in note["asked"]],
-                }
-                found.setdefault(int(path.stem.split("_")[1]), []).append(kept)
-        return found[max(found)] if found else []
+    def _close(self, job: Job, ledger: Ledger) -> JobEnd:
+        """What became of a job that is over, noted in the ledger."""
+        end = end_of(job.point, job.number, self._folder / FOLDER)
+        _, state, code, reason = end.outcome
+        ledger.end(job.point, state, code=code, reason=reason, step=step_of_run(job.point), job=job.number)
+        return end
 
     def _name(self, point: Point) -> str:
         """What its job is called: the same in every start of the sweep, and no other sweep's."""
@@ -243,23 +178,6 @@ class SlurmJobs:
             notes=str(self._folder / FOLDER),
             requeues=requeues,
         )
-
-    def _executor(self, point: Point) -> Any:
-        keep_private(self._folder / FOLDER)
-        given = self._settings
-        # Not a folder for each job, which submitit makes after SLURM may have started it.
-        executor = importlib.import_module("submitit").AutoExecutor(folder=self._folder / FOLDER, cluster="slurm")
-        shared = {key: given[key] for key in SHARED}
-        slurm = {f"slurm_{key}": value for key, value in given.items() if key not in (*SHARED, *OURS)}
-        more = {"signal": f"USR1@{given['signal_delay_s']}", "requeue": True, **(given["additional_parameters"] or {})}
-        executor.update_parameters(
-            name=self._name(point),
-            slurm_additional_parameters=more,
-            slurm_setup=[*_setup(self._folder / FOLDER), *(given["setup"] or [])],
-            **shared,
-            **slurm,
-        )
-        return executor
 
     def _running(self) -> list[Running]:
         return [
@@ -291,32 +209,3 @@ class SlurmJobs:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def keep_private(folder: Path) -> None:
-    """Make submitit's folder, or see that nobody else can have put anything there; raises ConfigError.
-
-    It holds pickles, which run when they are read: the only ones of this project. No checkpoint, cache or run folder is in it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(
-            [
-                f"{folder} belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}: it holds pickles, which run when a job "
-                f"reads them, so it must be a folder of your own with mode 700; look what is in it, then delete it, or chmod 700"
-            ]
-        )
-
-
-def _setup(folder: Path) -> list[str]:
-    """What the job's script does before a task of it reads a pickle."""
-    where = shlex.quote(str(folder))
-    return [
-        f'[ "$(stat -c "%u %a" {where})" = "$(id -u) 700" ] || {{ echo {where} is not a folder of mode 700 of our own >&2; exit 2; }}',
-        "export SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-1}",  # a rank that fails ends the others
-        "export SLURM_EXPORT_ENV=ALL",
-        '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
-    ]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +24,14 @@ LOOK_SECONDS = 0.2  # between two looks at the points that run
 CLAIM_SECONDS = 2.0  # between two looks at a folder that another process holds
 
 
+Command = Callable[[Point], list[str]]
+
+
+def command_of(verb: str) -> Command:
+    """How a point starts: `softmoe VERB`, to die with this process."""
+    return lambda point: [sys.executable, "-m", "softmoe_train.sweep.child", str(os.getpid()), verb, *point.overrides]
+
+
 @dataclass
 class Child:
     """The process of a point."""
@@ -36,8 +44,8 @@ class Child:
 class LocalGrid:
     """Runs points in processes that die with this one. Signals that ask it to end go on to them, and nothing more is started."""
 
-    def __init__(self, verb: str, room: Room, retries: int, show: Show) -> None:
-        self._verb = verb
+    def __init__(self, command: Command, room: Room, retries: int, show: Show) -> None:
+        self._command = command
         self._room = room
         self._retries = retries
         self._show = show
@@ -91,14 +99,14 @@ class LocalGrid:
 
     def _child(self, point: Point, devices: list[str], ledger: Ledger) -> Child:
         point.folder.mkdir(parents=True, exist_ok=True)
-        words = [self._verb, *point.overrides]
+        command = self._command(point)
         environ = {**os.environ, "PYTHONUNBUFFERED": "1", **({VISIBLE: ",".join(devices)} if devices else {})}
         at = step_of_run(point)
         with log_of(point).open("ab") as log:
-            log.write(f"\n{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: softmoe {shlex.join(words)}\n".encode())
+            log.write(f"\n{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {shlex.join(command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                [sys.executable, "-m", "softmoe_train.sweep.child", str(os.getpid()), *words],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -2,10 +2,12 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -56,10 +58,25 @@ def launcher_settings(words: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items()}
 
 
+class PointFailedError(RuntimeError):
+    """More points have failed than the sweeper bears."""
+
+
+def keys_that_vary(overrides: list[str]) -> list[str]:
+    """The keys that are given more than one value: several, a range, an interval."""
+    parser = OverridesParser.create()
+    varied = []
+    for override in overrides:
+        with suppress(HydraException):  # told when it is composed
+            parsed = parser.parse_override(override)
+            varied += [parsed.key_or_group] if parsed.is_sweep_override() else []
+    return varied
+
+
 def search(words: list[str], folder: Path, arguments: list[str], values: Values) -> None:
     """Have a sweeper choose points until it is done: `values` runs a batch of them and returns what each came to, None of one that failed.
 
-    Raises ConfigError where its settings cannot be, RuntimeError where it gives up.
+    Raises ConfigError where its settings cannot be, PointFailedError where it gives up.
     """
     config = _composed(
         [word for word in words if "launcher" not in word.partition("=")[0]], f"hydra.sweep.dir={folder}"
@@ -92,7 +109,7 @@ class _Values(Launcher):
         found = []
         for value in self._values([list(words) for words in job_overrides]):
             job = JobReturn(status=JobStatus.COMPLETED if value is not None else JobStatus.FAILED)
-            job.return_value = value if value is not None else RuntimeError("this point has no value")
+            job.return_value = value if value is not None else PointFailedError("this point has no value")
             found.append(job)
         return found
 

@@ -2,32 +2,28 @@
 
 import hashlib
 import json
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from softmoe_train.at_end import is_complete
-from softmoe_train.config import ConfigError, expand_sweep
+from softmoe_train.config import ConfigError, config_folder, expand_sweep
 from softmoe_train.dist import World
-from softmoe_train.evals.measures import measures_of
 from softmoe_train.faults.claim import owner
 from softmoe_train.finetune import key_of
 from softmoe_train.plain import the_first
-from softmoe_train.report.rows import short_names
 from softmoe_train.settings import RunConfig
-from softmoe_train.sweep.couple import EXPERTS, CoupleError, coupled, coupling_problems, with_words
+from softmoe_train.sweep.couple import EXPERTS, CoupleError, coupled, coupling_problems
+from softmoe_train.sweep.naming import label_of, word_of
 from softmoe_train.sweep.settings import SweepConfig
 
 Check = Callable[[RunConfig], list[str]]
 Composing = Callable[[list[str], Check], RunConfig]
-PLAIN = re.compile(r"[A-Za-z_./][\w./=+-]*")  # what Hydra's grammar takes for a string as it is
-WORDS = {"true", "false", "null", "nan", "inf"}
-LONGEST = 120  # characters of a label
+Composed = Callable[[list[str]], RunConfig]  # without a check
 NAMED = 6  # points that share a mistake
-FOLDERS = ("name", "run_dir", "checkpoint.folder", "observe.wandb.group")  # they tell no two points apart
 
 
 class Kind(NamedTuple):
@@ -71,7 +67,7 @@ def digest_of(config: RunConfig) -> str:
     """Of all settings but where the run lies and what it is called."""
     tree = config.as_saved()
     tree["checkpoint"]["folder"] = tree["observe"]["wandb"]["group"] = None
-    kept = {key: value for key, value in tree.items() if key not in FOLDERS}
+    kept = {key: value for key, value in tree.items() if key not in ("name", "run_dir")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -101,11 +97,13 @@ def points_of(
     if problems:
         raise ConfigError(problems)
     points: list[Point] = []
+    # Composing takes half a second, and what names the folders is the same for most points.
+    composed = cache(lambda words: kind.compose(list(words), lambda _: []))
     wrong: dict[str, list[str]] = defaultdict(list)  # labels, by mistake
     for count, words in enumerate(lines, start=1):
         label = label_of(words, swept)
         try:
-            points.append(_point(kind, settings, words, swept, label))
+            points.append(_point(kind, settings, words, swept, lambda words: composed(tuple(words))))
         except ConfigError as error:
             for problem in error.problems:
                 wrong[problem].append(label)
@@ -127,63 +125,14 @@ def swept_keys(overrides: list[str]) -> list[str]:
     return [key_of(override) for override in overrides if expand_sweep([override]) != [[override]]]
 
 
-def label_of(words: list[str], swept: list[str]) -> str:
-    """What a point is called: its swept values by the last parts of their keys; the same however many values the keys have."""
-    short, parts = short_names(swept), []
-    for word in words:
-        key, value = key_of(word), word.partition("=")[2]
-        if key in swept:
-            parts.append(
-                f"{short[key]}={re.sub(r'[^A-Za-z0-9._=+-]+', '-', value.strip(_QUOTES)).strip('-') or 'none'}"
-            )
-    label = "_".join(parts)
-    if len(label) > LONGEST:
-        label = f"{label[:LONGEST]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-    return label
-
-
-_QUOTES = "'\""
-
-
-def word_of(key: str, value: str) -> str:
-    """An override that Hydra's grammar takes for this text, whatever is in it."""
-    plain = PLAIN.fullmatch(value) and value.lower() not in WORDS
-    return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
-
-
-def measure_of(settings: SweepConfig, points: Iterable[Point]) -> str:
-    """The rule by which points are compared, as in `highest upstream/test/top1`; raises ConfigError where one does not measure it."""
-    rules = [_measured(point.config) for point in points]
-    if settings.measure is None:
-        usual = "highest upstream/test/top1"
-        return usual if all(usual.partition(" ")[2] in known for known in rules) else "lowest train/loss"
-    metric = settings.measure.partition(" ")[2]
-    lacking = [point.label for point, known in zip(points, rules, strict=True) if metric not in known]
-    if lacking:
-        known = sorted(set.intersection(*map(set, rules)))
-        raise ConfigError(
-            [
-                f"sweep.measure={settings.measure}: {the_first(lacking, NAMED)} would not measure {metric}; use one of {the_first(known, 24)}"
-            ]
-        )
-    return settings.measure
-
-
-def _measured(config: RunConfig) -> set[str]:
-    averaged, held_out = config.average is not None, config.data.holdout is not None
-    known = measures_of(config.evals, config.model.num_classes, averaged=averaged, held_out=held_out)
-    return {"train/loss", *known, *(f"finetune/{name}/top1" for name in config.finetune)}
-
-
-def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str], label: str) -> Point:
-    def composed(words: list[str]) -> RunConfig:
-        return kind.compose(words, lambda _: [])
-
-    config = composed(words)
-    base = [word for word in words if key_of(word) != EXPERTS]
-    follow = coupled(settings, config, lambda: composed(base))
+def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str], composed: Composed) -> Point:
+    label = label_of(words, swept)
+    follow: list[str] = []
+    if settings.fixed_slots is not False or settings.couple:
+        follow = coupled(settings, composed(words), lambda: composed(without(words, [EXPERTS])))
+    config = _naming(words, swept, composed)
     given = set(map(key_of, words))
-    folder = config.folder if "run_dir" in given else config.folder.with_name(f"{config.folder.name}-sweep")
+    folder = folder_of_sweep(words, config)
     more = [*kind.also, *follow, word_of("run_dir", str(folder / label))]
     if config.checkpoint.folder is not None:
         more.append(word_of("checkpoint.folder", f"{config.checkpoint.folder.rstrip('/')}/{label}"))
@@ -191,11 +140,32 @@ def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str]
         more.append(word_of("observe.wandb.group", config.name if "name" in given else folder.name))
     if "name" not in swept:
         more.append(word_of("name", label))
-    overrides = with_words(words, more)
+    overrides = [*without(words, list(map(key_of, more))), *more]
     values, coupled_values = ({key_of(word): word.partition("=")[2] for word in some} for some in (words, follow))
     mine = {key: value for key, value in values.items() if key in swept}
     config = kind.compose(overrides, lambda config: _problems(config, kind.problems))
     return Point(label, overrides, mine, coupled_values, config)
+
+
+def folder_of_sweep(words: list[str], config: RunConfig) -> Path:
+    """The folder of a sweep, from the overrides of a point and what they come to: `run_dir`, or beside where a run alone would be."""
+    given = "run_dir" in map(key_of, words)
+    return config.folder if given else config.folder.with_name(f"{config.folder.name}-sweep")
+
+
+def _naming(words: list[str], swept: list[str], composed: Composed) -> RunConfig:
+    """A configuration that says how the sweep and its folders are called: without the swept keys that cannot say that, it is mostly one."""
+    silent = [key for key in swept if "." in key or key in RunConfig.model_fields]
+    silent = [key for key in silent if key != "name" and not (config_folder() / key).is_dir()]
+    try:
+        return composed(without(words, silent))
+    except ConfigError:  # one that is legal only with them
+        return composed(words)
+
+
+def without(words: list[str], keys: list[str]) -> list[str]:
+    """Overrides but those of some keys."""
+    return [word for word in words if key_of(word) not in keys]
 
 
 def _problems(config: RunConfig, check: Check) -> list[str]:

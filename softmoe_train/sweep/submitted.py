@@ -32,12 +32,14 @@ class SubmittedPoint:
         rank, asked, runs = int(os.environ.get("SLURM_PROCID", "0")), [], []
 
         def hear(number: int, frame: object) -> None:
+            number = signal.SIGUSR1 if number == signal.SIGUSR2 else number
             asked.append(signal.Signals(number).name)
             for process in runs:
                 process.send_signal(number)
 
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, hear)  # in the place of submitit's, which would requeue before the run has saved
+        # In the place of submitit's, which would requeue before the run has saved; its own signal stands for ours.
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, hear)
         code = self._run(rank, runs, asked)
         code = code if code >= 0 else 128 - code
         again = code == RESUME and rank == 0 and asked[:1] == ["SIGUSR1"] and _restarts() < self.requeues
@@ -52,9 +54,6 @@ class SubmittedPoint:
             os._exit(code)  # an exception would be pickled, and hide the code
         return code
 
-    def checkpoint(self) -> None:
-        """submitit asks by this whether to requeue by itself: never, its handler is replaced."""
-
     def _run(self, rank: int, runs: list[subprocess.Popen[bytes]], asked: list[str]) -> int:
         log = Path(self.folder) / (OUTPUT if rank == 0 else f"output.{rank}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +62,8 @@ class SubmittedPoint:
             line = f"\n{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, job {_job()}: softmoe {shlex.join(self.words)}\n"
             out.write(line.encode())
             out.flush()
+            # SLURM signals every process of a task, and a run that does not know this one would die of it.
+            before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
             process = subprocess.Popen(
                 [sys.executable, "-m", "softmoe_train", *self.words],
                 stdin=subprocess.DEVNULL,
@@ -70,6 +71,7 @@ class SubmittedPoint:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **threads},
             )
+        signal.signal(signal.SIGUSR2, before)
         runs.append(process)
         for name in asked[:1]:  # before it was there to hear
             process.send_signal(signal.Signals[name])
