@@ -107,7 +107,9 @@ def test_a_node_whose_name_is_no_host_s_has_the_address_that_slurm_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on clouds, where NodeName is one thing and NodeAddr another."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=ip-7"\n')
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\necho "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=ip-7"\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     environment = TASK | {"SLURM_STEP_NODELIST": "n[1-2]"}
