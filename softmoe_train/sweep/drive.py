@@ -45,18 +45,15 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
     """Compose and check all points; raises ConfigError with every mistake, and nothing was started or written."""
     words = words_of(overrides)
     settings, problems = compose_sweep(words)
-    points: list[Point] = []
-    if settings is not None:
-        try:
-            points = grid_points(kind, settings, words.runs, _Patience("points checked"))
-            problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
-            return _checked(Sweep(kind, settings, words, points, measure_of(settings.measure, points)), problems)
-        except ConfigError as error:
-            problems += error.problems
-    raise ConfigError(problems)
-
-
-def _checked(sweep: Sweep, problems: list[str]) -> Sweep:
+    if settings is None:  # what is wrong with the points is told too, as they would be without it
+        settings, _ = compose_sweep(Words([], [], []))
+        assert settings is not None
+    try:
+        points = grid_points(kind, settings, words.runs, _Patience("points checked"))
+        problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
+        sweep = Sweep(kind, settings, words, points, measure_of(settings.measure, points))
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
     if problems:
         raise ConfigError(problems)
     return sweep
