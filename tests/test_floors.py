@@ -27,11 +27,12 @@ FLOORS = {
     "portrait": 5.5,  # the routers of a checkpoint, over pictures
     "evaluate": 5.5,  # a checkpoint measured by the evaluators of a run
     "plan": 5.5,  # a run assembled by run.py, on shapes alone; what counts bytes serves the floor above too
-    "parity": 6, "bench": 6, "sweep": 6, "report": 6,
+    "parity": 6, "bench": 6, "report": 6,
+    "sweep": 6.5,  # its table and heat map are the report's
     "commands": 7,
 }  # fmt: skip
 NO_DIST = ("model", "data", "optim")  # ranks and sizes arrive as arguments
-OPTIONAL = {"wandb": "observe", "webdataset": "data shards bench", "pyarrow": "shards", "hydra": "config", "omegaconf": "config", "deepspeed": "engine",
+OPTIONAL = {"wandb": "observe", "webdataset": "data shards bench", "pyarrow": "shards", "hydra": "config sweep", "omegaconf": "config sweep", "submitit": "sweep", "deepspeed": "engine",
     "fsspec": "stores", "matplotlib": "bench shards report drawing", "jinja2": "report", "soft_moe_pytorch": "bench", "soft_mixture_of_experts": "bench",
 }  # fmt: skip
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -14,6 +14,7 @@ from softmoe_train.commands.parity import parity
 from softmoe_train.commands.plan import compare, plan
 from softmoe_train.commands.report import report
 from softmoe_train.commands.shards import TASKS, shards
+from softmoe_train.commands.sweep import sweep
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
 
@@ -103,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return shards(options.what, options.overrides)
             case "plan":
                 return (compare if options.multirun else plan)(options.overrides)
+            case _ if options.multirun and options.cfg is None:
+                return sweep(options.overrides)
             case _:
                 return train(options.overrides, print_only=options.cfg is not None)
     except ConfigError as error:
@@ -131,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     tuning.add_argument(
         "-m", "--multirun", action="store_true", help="every point of a sweep, chosen on held-out images"
+    )
+    training.add_argument(
+        "-m", "--multirun", action="store_true", help="run every point of a sweep, and go on with one"
     )
     for parsed in (training, tuning):
         parsed.add_argument("--cfg", choices=["job"], help="print the resolved configuration and start nothing")

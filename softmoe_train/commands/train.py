@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 def train(overrides: list[str], *, print_only: bool) -> int:
     """Compose and check the configuration, then train with it; raises ConfigError before anything is started."""
-    return run_training("train", _compose, overrides, print_only=print_only)
+    return run_training("train", compose_train, overrides, print_only=print_only)
 
 
 def run_training(name: str, composed: Composing, overrides: list[str], *, print_only: bool) -> int:
@@ -64,7 +64,8 @@ def run_training(name: str, composed: Composing, overrides: list[str], *, print_
     return run_verb(verb, overrides)
 
 
-def _compose(overrides: list[str], check: Callable[[RunConfig], list[str]]) -> RunConfig:
+def compose_train(overrides: list[str], check: Callable[[RunConfig], list[str]]) -> RunConfig:
+    """The run that `softmoe train` with these overrides is; raises ConfigError with every mistake."""
     return compose(RunConfig, overrides, lambda c: check(c) + dense_problems(c.model, overrides))
 
 

@@ -30,17 +30,19 @@ def launcher_of(environ: Mapping[str, str]) -> int | None:
     return int(environ[LAUNCHER]) if LAUNCHER in environ and first else None
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel SIGKILL this process when its parent dies, however it dies (Linux; elsewhere nothing happens).
 
-    The signal follows the parent THREAD that started this process: a launcher must start its workers from a thread that
-    lives as long as they do (torch's agent uses its main thread). It is not inherited by our own children.
+    `parent` is its number, where the caller was told. The signal follows the parent THREAD that started this process: a launcher
+    must start its workers from a thread that lives as long as they do (torch's agent uses its main thread). It is not inherited
+    by our own children.
     """
     if not sys.platform.startswith("linux"):
         return
     # Under our launcher the parent is known by number; elsewhere the first look is the best there is. Parent 1 does not
     # tell an orphan: in a container the launcher itself is often process 1.
-    parent = int(os.environ.get(LAUNCHER, os.getppid()))
+    if parent is None:
+        parent = int(os.environ.get(LAUNCHER, os.getppid()))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

@@ -6,7 +6,7 @@ Words stay out of them: titles and legends are text of the page, which wraps and
 import io
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,39 +119,57 @@ def draw_points(points: Sequence[Point], cost: str) -> Svg:
 
 def draw_grid(grid: Grid) -> Svg:
     """A heat map of shares, darker for more, with each value written in its cell, in percent."""
+    with _grid_axes(grid) as (axes, figure):
+        _draw_cells(axes, grid, percent=True, lowest=False)
+        return _svg(figure)
+
+
+def grid_png(grid: Grid, title: str, *, percent: bool, lowest: bool) -> bytes:
+    """The same as a picture that stands alone, under a title; darker for better, which is less where `lowest`."""
+    file = io.BytesIO()
+    with _grid_axes(grid) as (axes, figure):
+        _draw_cells(axes, grid, percent=percent, lowest=lowest)
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(file, format="png", dpi=200, facecolor="white")
+    return file.getvalue()
+
+
+def _grid_axes(grid: Grid) -> AbstractContextManager[tuple[Any, Any]]:
+    return _axes(width=1.0 + (0.62 if _is_wide(grid) else 0.8) * len(grid.xs), height=0.9 + 0.45 * len(grid.ys))
+
+
+def _is_wide(grid: Grid) -> bool:
+    return len(grid.xs) > 5
+
+
+def _draw_cells(axes: Any, grid: Grid, *, percent: bool, lowest: bool) -> None:
     from matplotlib.patches import Rectangle
 
     values = np.full((len(grid.ys), len(grid.xs)), math.nan)
     for (x, y), spread in grid.cells.items():
         values[grid.ys.index(y), grid.xs.index(x)] = spread.mean
     low, high = np.nanmin(values), np.nanmax(values)
-    wide = len(grid.xs) > 5
-    with _axes(width=1.0 + (0.62 if wide else 0.8) * len(grid.xs), height=0.9 + 0.45 * len(grid.ys)) as (axes, figure):
-        axes.grid(visible=False)
-        shade = np.zeros_like(values) if high == low else (values - low) / (high - low)
-        axes.imshow(0.08 + 0.84 * shade, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-        for (row, column), value in np.ndenumerate(values):
-            if math.isnan(value):
-                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="//", edgecolor="#bbbbbb"))
-                continue
-            spread = grid.cells[grid.xs[column], grid.ys[row]]
-            colour = "white" if shade[row, column] > 0.55 else "black"
-            beside = "" if spread.deviation is None or wide else f"\n± {100 * spread.deviation:.1f}"
-            axes.text(
-                column,
-                row,
-                f"{100 * value:.1f}{beside}",
-                ha="center",
-                va="center",
-                color=colour,
-                fontsize=8 if wide else 9,
-            )
-        axes.set_xticks(range(len(grid.xs)), [f"{value:g}" for value in grid.xs])
-        axes.set_yticks(range(len(grid.ys)), [f"{value:g}" for value in grid.ys])
-        axes.tick_params(length=0)
-        axes.set_xlabel(grid.x)
-        axes.set_ylabel(grid.y)
-        return _svg(figure)
+    shade = np.zeros_like(values) if high == low else (values - low) / (high - low)
+    if lowest and high != low:
+        shade = 1 - shade
+    axes.grid(visible=False)
+    axes.imshow(0.08 + 0.84 * shade, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for (row, column), value in np.ndenumerate(values):
+        if math.isnan(value):
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="//", edgecolor="#bbbbbb"))
+            continue
+        spread = grid.cells[grid.xs[column], grid.ys[row]]
+        written, beside = f"{100 * value:.1f}" if percent else f"{value:.4g}", ""
+        if spread.deviation is not None and not _is_wide(grid):
+            beside = f"\n± {100 * spread.deviation:.1f}" if percent else f"\n± {spread.deviation:.2g}"
+        colour = "white" if shade[row, column] > 0.55 else "black"
+        size = 8 if _is_wide(grid) else 9
+        axes.text(column, row, f"{written}{beside}", ha="center", va="center", color=colour, fontsize=size)
+    axes.set_xticks(range(len(grid.xs)), [f"{value:g}" for value in grid.xs])
+    axes.set_yticks(range(len(grid.ys)), [f"{value:g}" for value in grid.ys])
+    axes.tick_params(length=0)
+    axes.set_xlabel(grid.x)
+    axes.set_ylabel(grid.y)
 
 
 @contextmanager
