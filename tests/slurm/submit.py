@@ -31,11 +31,15 @@ class Desk:
 
     def sbatch(self, *words: str, pace: str = "pace", **changes: str) -> str:
         """Submit, and return the number of the job; its steps are as slow as the file `pace` says at the time."""
-        (self.folder / pace).touch()
-        changes = {"SOFTMOE_ENV": "environment.sh", PACE: str(self.folder / pace), **changes}
+        changes = {"SOFTMOE_ENV": "environment.sh", **self.paced(pace), **changes}
         done = self.cluster.run("sbatch", "--parsable", *words, folder=self.folder, **changes)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    def paced(self, pace: str = "pace") -> dict[str, str]:
+        """The environment of steps that are as slow as this file says."""
+        (self.folder / pace).touch()
+        return {PACE: str(self.folder / pace)}
 
     def said(self, job: str) -> str:
         """The file that a user opens first, which every start of the job adds to."""
