@@ -71,7 +71,7 @@ def in_legal_world(config: RunConfig, world: World, work: Callable[[World], End]
 def _as_task(world: World, work: Callable[[World], End]) -> int:
     """A rank of a step, which srun ends as soon as one rank has failed (`--kill-on-bad-exit`)."""
     meeting = Meeting(world)
-    end = work(meeting.part_of(world.size))
+    end = work(world._replace(store=meeting.store))  # srun may number ranks otherwise than host by host
     if end.code:
         meeting.leave_together()
     return end.code

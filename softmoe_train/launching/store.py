@@ -24,7 +24,9 @@ LONGEST = 200  # bytes of an answer
 
 def with_store(world: World) -> World:
     """`world`, with a store for its ranks where srun started them; other launchers have brought one. Every rank calls it."""
-    if not by_srun(os.environ):
+    if (
+        not by_srun(os.environ) or "MASTER_ADDR" not in os.environ
+    ):  # its user sets what torchrun would, and has forgotten one
         return world
     host, ports, name = os.environ["MASTER_ADDR"], ports_of_step(os.environ), step_name(os.environ)
     return world._replace(store=opened(host, ports, name) if world.main else joined(host, ports, name, MEETING_SECONDS))

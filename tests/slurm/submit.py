@@ -63,6 +63,7 @@ class Desk:
             return not waits()
 
         self.until(waits, job)
+        time.sleep(2.0)  # a start in the second of the requeue has a credential that was revoked with those before
         self.until(is_let, job)
 
     def until(self, happened: Callable[[], object], job: str) -> None:
