@@ -52,17 +52,18 @@ class Desk:
         return json.loads(lines[-1])["step"] if lines else 0
 
     def started_again(self, job: str, times: int) -> None:
-        """Have a job that is being requeued for the n-th time start now: SLURM would let two minutes pass."""
+        """Have a job that is being requeued for the n-th time start now, if it has not yet: SLURM would let two minutes pass."""
 
-        def waits() -> bool:
+        def requeued() -> bool:
             known = self.cluster.job(job)
-            return (known["JobState"], known["Restarts"]) == ("PENDING", str(times))
+            return known["Restarts"] >= str(times) and known["JobState"] != "COMPLETING"
 
         def is_let() -> bool:
             self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return not waits()
+            known = self.cluster.job(job)
+            return (known["JobState"], known["Restarts"]) != ("PENDING", str(times))
 
-        self.until(waits, job)
+        self.until(requeued, job)
         time.sleep(2.0)  # a start in the second of the requeue has a credential that was revoked with those before
         self.until(is_let, job)
 

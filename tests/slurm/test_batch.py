@@ -155,7 +155,7 @@ def test_before_its_time_limit_a_job_saves_and_requeues_itself_until_the_run_is_
     (desk.folder / "limited_pace").write_text(FAST)
     desk.started_again(limited, 1)
     known = desk.cluster.wait_for(limited, "COMPLETED", "FAILED")
-    assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "1"), desk.said(limited)
+    assert known["JobState"] == "COMPLETED" and known["Restarts"] >= "1", desk.said(limited)
     assert "slurm.sbatch: interrupted, and saved: requeued" in desk.said(limited)
     assert 0 < resumptions(desk.said(limited))[0] < STEPS
     assert same_runs(whole, desk.folder / "runs/limited")
