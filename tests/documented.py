@@ -71,7 +71,7 @@ def added(words: list[str]) -> list[str]:
         )
         return [*shrunk, *steps, *own, *fewshot, "checkpoint.every=4", "data.workers=0"]
     if words[:2] == ["softmoe", "bench"]:
-        sizes = {"layer": ["images=1", "cases=4x1"], "infer": ["images=1"], "stream": ["data.workers=0"]}
+        sizes = {"layer": ["images=1", "cases=4x1"], "infer": ["images=1"], "stream": ["data.workers=1"]}
         return ["rounds=1", "warmup=0", *sizes.get(words[2], [])]
     return []
 
