@@ -9,7 +9,7 @@ from softmoe_train.config import flat
 # the one of `parallel` that rounds.
 SHAPING = {"parallel.exchange_dtype"}
 FREE = {
-    "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "device", "compile",
+    "name", "run_dir", "stop_after", "time_limit", "hang_limit", "micro_batches", "processes", "elastic", "preflight", "device", "compile",
     "allow_changes", "parallel", "engine", "checkpoint", "bad_steps", "observe", "evals", "finetune", "data.train", "data.test", "data.cache", "data.workers",
     "data.prefetch", "data.max_broken", "data.max_broken_fraction",
     "data.classes", "data.quarantine",

@@ -106,6 +106,17 @@ def lengthen_timeouts(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def first_to_fail() -> bool:
+    """Whether this rank is the first of its process group to ask, as far as the store by which they met can tell."""
+    if not dist.is_initialized():
+        return True  # no other rank can have failed because of this one
+    try:
+        store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+        return dist.PrefixStore("failed", store).add("ranks", 1) == 1
+    except RuntimeError:  # rank 0 is gone
+        return False
+
+
 class Board:
     """Lines of text that ranks leave for each other beside their process groups, in the store by which they met.
 

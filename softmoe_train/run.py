@@ -40,6 +40,7 @@ from softmoe_train.faults.broken import Budget
 from softmoe_train.faults.claim import Claim, claim
 from softmoe_train.faults.hang import watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
+from softmoe_train.launching.preflight import About, Preflight
 from softmoe_train.launching.worker import HUNG, RESUME
 from softmoe_train.loop import Plan, TrainState, fit
 from softmoe_train.model.records import moe_blocks
@@ -116,7 +117,11 @@ def _train(
     clock = startup or Startup(None)
     with watched(world, minutes=config.hang_limit, folder=config.folder, exit_code=HUNG) as watch:
         clock.done("process group")
+        preflight = _preflight(config, world, device) if config.preflight else None
         topology = build_topology(config, world, device)
+        if preflight is not None:
+            preflight.measure(topology.ep.get_group(), _slots_bytes(config, topology))
+            clock.done("preflight")
         engine = build_engine(config, topology, device)
         clock.done("engine")
         index_shards(config, world)
@@ -255,6 +260,26 @@ def training_stream(config: RunConfig, world: World, device: torch.device) -> Im
             ]
         )
     return stream
+
+
+def _preflight(config: RunConfig, world: World, device: torch.device) -> Preflight:
+    """What every rank says of itself, before anything but the process group is built; raises ConfigError on every rank."""
+    about = About(
+        folder=config.folder,
+        settings=config.as_saved(),
+        fsdp=config.parallel.sharding != "replicated",
+        workers=0 if isinstance(config.data, SyntheticConfig) else config.data.workers,
+        dtype=DTYPES[config.precision],
+    )
+    return Preflight(world, device, about)
+
+
+def _slots_bytes(config: RunConfig, topology: Topology) -> int:
+    """What a rank hands to one exchange of slots of a micro-batch; 0 without experts."""
+    moe = config.model.moe
+    groups = config.batch_size // (topology.size * config.micro_batches * config.model.group_images)
+    slots = groups * moe.num_experts * config.model.capacity if config.model.has_experts else 0
+    return slots * config.model.width * DTYPES[config.precision].itemsize // config.parallel.exchange_chunks
 
 
 def _store(config: RunConfig, world: World) -> CheckpointStore:

@@ -63,9 +63,8 @@ class RunConfig(Record):
     steps: Positive  # updates of the whole run
     stop_after: Positive | None  # end cleanly after this step, as an interruption would
     time_limit: Minutes | None  # from its start, after which this process saves and ends, to be resumed
-    hang_limit: (
-        Minutes | None
-    )  # without a finished step or evaluation batch, after which the run ends and shows where it is stuck
+    hang_limit: Minutes | None  # without a finished step or evaluation batch, after which the run ends and shows why
+    preflight: bool  # before the first step every rank is measured, and what does not fit is told
     batch_size: Positive  # images of one step, over all ranks
     micro_batches: Positive  # parts of a rank's images that go through the model one after another
     processes: Positive  # local workers to start; under torchrun or srun the launcher decides

@@ -32,7 +32,7 @@ FLOORS = {
     "commands": 7,
 }  # fmt: skip
 NO_DIST = ("model", "data", "optim")  # ranks and sizes arrive as arguments
-OPTIONAL = {"wandb": "observe", "webdataset": "data shards bench", "pyarrow": "shards", "hydra": "config", "omegaconf": "config", "deepspeed": "engine",
+OPTIONAL = {"wandb": "observe", "webdataset": "data shards bench", "pyarrow": "shards", "hydra": "config sweep", "omegaconf": "config sweep", "submitit": "sweep", "deepspeed": "engine",
     "fsspec": "stores", "matplotlib": "bench shards report drawing", "jinja2": "report", "soft_moe_pytorch": "bench", "soft_mixture_of_experts": "bench",
 }  # fmt: skip
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -1,4 +1,4 @@
-"""This file owns what a worker of torchrun does beside its training: meet the others, train in the largest legal world or wait."""
+"""This file owns what a worker of torchrun or srun does beside its training: meet the others, train in the largest legal world or wait."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ from softmoe_train.commands.workers import ranks, start_no_more
 from softmoe_train.config import ConfigError
 from softmoe_train.dist import World
 from softmoe_train.faults.claim import owner, wait_until_free
+from softmoe_train.launching.environment import by_srun
 from softmoe_train.launching.meeting import End, Meeting, by_torchrun, restart_of
 from softmoe_train.settings import RunConfig, check
 from softmoe_train.worlds import common_problems, larger_worlds, lasting_problems, legal_worlds, told, world_problems
@@ -44,6 +45,8 @@ def check_train(config: RunConfig, world: World | None) -> list[str]:
 
 def in_legal_world(config: RunConfig, world: World, work: Callable[[World], End]) -> int:
     """Do this rank's part in a world that its settings allow, where torchrun started it; returns the exit code."""
+    if by_srun(os.environ):
+        return _as_task(world, work)
     if not by_torchrun(os.environ):
         return work(world).code
     meeting, restart = Meeting(world), restart_of(os.environ)
@@ -62,6 +65,15 @@ def in_legal_world(config: RunConfig, world: World, work: Callable[[World], End]
                 meeting.wait_for_end()
     if end.for_good:
         start_no_more(world, end.code)
+    return end.code
+
+
+def _as_task(world: World, work: Callable[[World], End]) -> int:
+    """A rank of a step, which srun ends as soon as one rank has failed (`--kill-on-bad-exit`)."""
+    meeting = Meeting(world)
+    end = work(meeting.part_of(world.size))
+    if end.code:
+        meeting.leave_together()
     return end.code
 
 

@@ -42,7 +42,7 @@ def choose(overrides: list[str]) -> int:
     is left, the exit code is that of the worst that failed, or 1. Raises ConfigError with the mistakes of all points first.
     """
     refuse_launcher("finetune")
-    check = lambda c: check_train(c, None) + _held_out_problems(c)  # noqa: E731
+    check = lambda c, world: check_train(c, world) + _held_out_problems(c)  # noqa: E731
     made = make_sweep(Kind("finetune", compose_finetune, check, ("evals.finetune.test=false",)), overrides)
     if metric_of(made.measure) != HELD_OUT:
         raise ConfigError(

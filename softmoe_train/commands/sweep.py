@@ -6,13 +6,18 @@ from softmoe_train.commands.workers import under_a_launcher
 from softmoe_train.config import ConfigError
 from softmoe_train.sweep.drive import exit_code, make_sweep, run_sweep, show_results, tell_end
 from softmoe_train.sweep.points import Kind
+from softmoe_train.sweep.search import is_search, run_search
 
 
 def sweep(overrides: list[str]) -> int:
     """Check every point, then run those that are not complete; raises ConfigError before anything is started."""
     refuse_launcher("train")
-    made = make_sweep(Kind("train", compose_train, lambda config: check_train(config, None)), overrides)
-    outcomes = run_sweep(made)
+    kind = Kind("train", compose_train, check_train)
+    if is_search(overrides):
+        made, outcomes = run_search(kind, overrides)
+    else:
+        made = make_sweep(kind, overrides)
+        outcomes = run_sweep(made)
     show_results(made, outcomes)
     tell_end(made, outcomes)
     return exit_code(outcomes)

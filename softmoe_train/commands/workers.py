@@ -101,7 +101,10 @@ def start_no_more(world: World, code: int) -> None:
 
 def as_worker(name: str, work: Callable[[World], int]) -> int:
     """Run `work` as one rank of several, whoever started it; a refused setting is told once a host, missing memory by its rank."""
-    adopt_environment(os.environ)
+    try:
+        adopt_environment(os.environ)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     world = world_of(os.environ)
 
     def told() -> int:

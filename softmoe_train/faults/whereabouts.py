@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from types import FrameType
 from typing import NamedTuple
 
+from softmoe_train.plain import ranks_in_words
+
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # A main thread in or under one of these waits for other ranks, or for what they send.
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", f"{PACKAGE}/dist.py", f"{PACKAGE}/parallel/")
@@ -99,11 +101,4 @@ def _named(ranks: Collection[int], processes: Mapping[int, str]) -> str:
     if len(ranks) == 1:
         (rank,) = ranks
         return f"rank {rank}" + (f" ({processes[rank]})" if rank in processes else "")
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    spans = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
-    return f"ranks {', '.join(spans)}"
+    return ranks_in_words(ranks)

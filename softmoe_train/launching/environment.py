@@ -1,6 +1,8 @@
 """This file owns how a process knows that it is one of several: torchrun's variables, and srun's read as torchrun's."""
 
 import re
+import socket
+import subprocess
 from collections.abc import Mapping, MutableMapping
 
 PORTS = range(15000, 31000)  # below Linux's ephemeral ports (from 32768), above the usual services
@@ -29,11 +31,17 @@ def is_srun_task(environ: Mapping[str, str]) -> bool:
     return step and int(environ["SLURM_STEP_NUM_TASKS"]) > 1
 
 
+def by_srun(environ: Mapping[str, str]) -> bool:
+    """Whether srun itself started this process as one of several ranks, and no torchrun between them."""
+    return is_srun_task(environ) and "TORCHELASTIC_RUN_ID" not in environ
+
+
 def adopt_environment(environ: MutableMapping[str, str]) -> None:
     """Under plain srun, set the variables that torchrun would have; torchrun inside srun is left as it is.
 
-    MASTER_ADDR is the step's first host, where srun puts task 0; MASTER_PORT comes from job and step, so every task
-    finds the same one and two steps on one host rarely meet. Either is kept where it is set already.
+    MASTER_ADDR is the step's first host, where srun puts task 0. MASTER_PORT is the first that SLURM reserved for the step
+    (`srun --resv-ports`), else it comes from job and step, so every task finds the same one and two steps on one host rarely
+    meet. Either is kept where it is set already. Raises ValueError where that host has no address.
     """
     if "RANK" in environ or not is_srun_task(environ):
         return
@@ -45,10 +53,33 @@ def adopt_environment(environ: MutableMapping[str, str]) -> None:
     if node < len(here):
         environ["LOCAL_WORLD_SIZE"] = str(here[node])
     if "MASTER_ADDR" not in environ:
-        environ["MASTER_ADDR"] = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+        node = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+        environ["MASTER_ADDR"] = address_of(node)
     if "MASTER_PORT" not in environ:
+        reserved = re.match(r"\d+", environ.get("SLURM_STEP_RESV_PORTS", ""))
         job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
-        environ["MASTER_PORT"] = str(PORTS[(job * 101 + step) % len(PORTS)])
+        environ["MASTER_PORT"] = reserved[0] if reserved else str(PORTS[(job * 101 + step) % len(PORTS)])
+
+
+def address_of(node: str) -> str:
+    """A node's name where that is a host's, else the address that SLURM reaches it by; raises ValueError where there is neither."""
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        return _slurms_address_of(node)
+    return node
+
+
+def _slurms_address_of(node: str) -> str:
+    command = ["scontrol", "--oneliner", "show", "node", node]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return re.findall(r"\bNodeAddr=(\S+)", said)[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        raise ValueError(
+            f"the first node of this step is {node}, which is no host's name here, and `{' '.join(command)}` tells no address: "
+            "export MASTER_ADDR with one that every node of the job reaches"
+        ) from None
 
 
 def tasks_of_hosts(counts: str) -> list[int]:

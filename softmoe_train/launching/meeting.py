@@ -1,4 +1,4 @@
-"""This file owns how the workers of torchrun meet, each time that it starts them, and how spare ones wait for the others' end.
+"""This file owns how workers that torchrun or srun started meet, and how they part: spare ones after the others, all of a step at once.
 
 torchrun keeps one store for all its restarts: what workers of an earlier start left there, the addresses of their sockets say,
 would be read for the new ones'. And it counts restarts on each node by itself, so no number in the environment tells them apart.
@@ -6,10 +6,12 @@ would be read for the new ones'. And it counts restarts on each node by itself, 
 
 import json
 import queue
+import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
 from typing import NamedTuple
@@ -53,7 +55,7 @@ def by_torchrun(environ: Mapping[str, str]) -> bool:
 
 
 class Meeting:
-    """The workers of one start of torchrun's: `hosts` has the number of ranks of each, in their order; `store` is theirs alone."""
+    """The workers of one start of torchrun's or srun's: `hosts` has the number of ranks of each, in their order; `store` is theirs alone."""
 
     def __init__(self, world: World) -> None:
         """Meet all ranks of `world`; raises TimeoutError where some do not come."""
@@ -81,6 +83,21 @@ class Meeting:
         """Tell those who wait for it how the training has ended; by the main rank, which waits a moment until they know."""
         self.store.set("ended", json.dumps(how))
         _wait_until(lambda: self.store.add("left", 0) >= followers, PARTING_SECONDS)
+
+    def leave_together(self) -> None:
+        """Hold this rank until all have ended their work: srun ends the others as soon as one is gone with an exit code that is not 0.
+
+        It asks by SIGTERM, which nobody needs to hear any more: a rank that it ended so would hide the others' exit code.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        others = self._world.size - 1
+        with suppress(RuntimeError):  # rank 0 is gone: it waits no longer than this
+            self.store.add("here", 1)
+            _wait_until(lambda: self.store.add("here", 0) > others, PARTING_SECONDS)
+            if self._world.main:
+                _wait_until(lambda: self.store.add("left", 0) == others, 1.0)
+            else:
+                self.store.add("left", 1)
 
     def wait_for_end(self) -> End:
         """Wait until the main rank has said how the training has ended. Raises ConnectionError where it is lost."""

@@ -2,17 +2,25 @@
 
 import ctypes
 import os
+import queue
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from softmoe_train.dist import first_to_fail
+from softmoe_train.launching.environment import by_srun
+
 LAUNCHER = "SOFTMOE_LAUNCHER_PID"  # set by our own launcher, which shows a failure itself
 RESUME = 75  # the exit code of a run that was asked to end and has saved: the same command goes on (EX_TEMPFAIL of <sysexits.h>)
 HUNG = 4  # of a run in which nothing moved any more: the same command goes on, but whether it should is for a person or a counter
+CAUSE_SECONDS = 10.0  # in which srun ends a step of which a rank has failed
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -66,10 +74,23 @@ def run_worker(main: Callable[[], int]) -> int:
         exit_now(128 + signal.SIGINT)
     except Exception as error:
         get_error_handler().record_exception(error)
+        if by_srun(os.environ):
+            let_the_cause_speak()
         if LAUNCHER not in os.environ:
             print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
             traceback.print_exception(error)
         exit_now(1)
+
+
+def let_the_cause_speak() -> None:
+    """Return at once on the rank that failed first, on others later: srun has ended them by then, and one traceback tells why."""
+    began, answers = time.monotonic(), queue.SimpleQueue[bool]()
+    # The store is rank 0's, and may be gone: nothing bounds how long it is looked for.
+    threading.Thread(target=lambda: answers.put(first_to_fail()), daemon=True).start()
+    with suppress(queue.Empty):
+        if answers.get(timeout=CAUSE_SECONDS):
+            return
+    time.sleep(max(0.0, began + CAUSE_SECONDS - time.monotonic()))
 
 
 def exit_now(code: int) -> NoReturn:

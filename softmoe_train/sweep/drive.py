@@ -11,18 +11,20 @@ from softmoe_train.config import ConfigError
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.plain import plain
 from softmoe_train.sweep.cost import costs_of, print_costs
+from softmoe_train.sweep.jobs import SlurmJobs
 from softmoe_train.sweep.ledger import FILE, Ledger, open_ledger
 from softmoe_train.sweep.local import LocalGrid, command_of
 from softmoe_train.sweep.measure import measure_of
 from softmoe_train.sweep.outcome import Launcher, Outcome, log_of
+from softmoe_train.sweep.plugins import launcher_settings
 from softmoe_train.sweep.points import Kind, Point, grid_points
 from softmoe_train.sweep.result import print_results, write_results
 from softmoe_train.sweep.room import devices_here, room_for, room_problems
-from softmoe_train.sweep.settings import SweepConfig, Words, compose_sweep, words_of
+from softmoe_train.sweep.settings import BASIC, SweepConfig, Words, compose_sweep, words_of
 from softmoe_train.sweep.show import Show
+from softmoe_train.sweep.submission import world_of_jobs
 
 PATIENCE_SECONDS = 5.0  # after which what takes long tells how far it is
-CODES = {"complete": 0, "stopped": 0, "pending": 0, "running": 0}
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,28 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
     if settings is None:  # what is wrong with the points is told too, as they would be without it
         settings, _ = compose_sweep(Words([], [], []))
         assert settings is not None
+    if words.sweeper != BASIC:
+        problems.append(f"hydra/sweeper={words.sweeper} chooses points for softmoe train -m alone; leave it out")
     try:
+        if not problems:
+            kind = placed(kind, words)
         points = grid_points(kind, settings, words.runs, _Patience("points checked"))
-        problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
+        if kind.world is None:
+            problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
         sweep = Sweep(kind, settings, words, points, measure_of(settings.measure, points))
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if problems:
         raise ConfigError(problems)
     return sweep
+
+
+def placed(kind: Kind, words: Words) -> Kind:
+    """The kind with the world in which its points train; raises ConfigError."""
+    if words.launcher == BASIC:
+        return kind
+    world = world_of_jobs(launcher_settings(words.hydra))
+    return kind._replace(world=world, also=(*kind.also, f"processes={world.size}"))
 
 
 def run_sweep(sweep: Sweep) -> list[Outcome]:
@@ -75,13 +90,16 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
 
 def build_launcher(sweep: Sweep) -> Launcher:
     """Who starts the points of this sweep."""
+    if sweep.words.launcher != BASIC:
+        settings = launcher_settings(sweep.words.hydra)
+        return SlurmJobs(sweep.kind.verb, sweep.folder, settings, sweep.settings.retries, Show())
     room = room_for(sweep.points, sweep.settings.processes, devices_here(os.environ))
     return LocalGrid(command_of(sweep.kind.verb), room, sweep.settings.retries, Show())
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """0 where all went well, RESUME where the same command goes on with points that were asked to end, else the worst point's."""
-    if any(one.state in ("interrupted", "to do") for one in outcomes):
+    if any(one.state in ("interrupted", "to do", "pending", "running") for one in outcomes):
         return RESUME
     return max((one.code or 1 for one in outcomes if one.state == "failed"), default=0)
 

@@ -58,9 +58,9 @@ class Ledger:
         self.write("started", point.label, attempt=attempt, digest=point.digest, host=socket.gethostname(), **facts)
         return attempt
 
-    def end(self, point: Point, state: str, *, code: int | None, reason: str, step: int) -> None:
-        """Note how an attempt ended."""
-        self.write("ended", point.label, state=state, code=code, reason=reason, step=step, digest=point.digest)
+    def end(self, point: Point, state: str, *, code: int | None, reason: str, step: int, **facts: Any) -> None:
+        """Note how an attempt ended, in the job that `facts` name, where it was one."""
+        self.write("ended", point.label, state=state, code=code, reason=reason, step=step, digest=point.digest, **facts)
 
     def failures(self, point: Point) -> list[Entry]:
         """The attempts of a point with its present settings that failed; what was cut off or asked to end did not."""

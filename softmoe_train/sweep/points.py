@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from softmoe_train.at_end import is_complete
 from softmoe_train.config import ConfigError, config_folder, expand_sweep
+from softmoe_train.dist import World
 from softmoe_train.faults.claim import owner
 from softmoe_train.finetune import key_of
 from softmoe_train.plain import the_first
@@ -30,8 +31,15 @@ class Kind(NamedTuple):
 
     verb: str
     compose: Composing
-    check: Check
+    check: Callable[[RunConfig, World | None], list[str]]
     also: tuple[str, ...] = ()
+    world: World | None = None  # in which each point trains, elsewhere; None: this machine, as its settings say
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Every mistake in a point; what only the machines of its job could tell is left to them."""
+        if self.world is not None and config.device == "cuda":
+            config = config.model_copy(update={"device": "auto"})
+        return self.check(config, self.world)
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str]
         follow = coupled(settings, composed(words), lambda: composed(without(words, [EXPERTS])))
     config = _naming(words, swept, composed)
     given = set(map(key_of, words))
-    folder = config.folder if "run_dir" in given else config.folder.with_name(f"{config.folder.name}-sweep")
+    folder = folder_of_sweep(words, config)
     more = [*kind.also, *follow, word_of("run_dir", str(folder / label))]
     if config.checkpoint.folder is not None:
         more.append(word_of("checkpoint.folder", f"{config.checkpoint.folder.rstrip('/')}/{label}"))
@@ -135,8 +143,14 @@ def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str]
     overrides = [*without(words, list(map(key_of, more))), *more]
     values, coupled_values = ({key_of(word): word.partition("=")[2] for word in some} for some in (words, follow))
     mine = {key: value for key, value in values.items() if key in swept}
-    config = kind.compose(overrides, lambda config: _problems(config, kind.check))
+    config = kind.compose(overrides, lambda config: _problems(config, kind.problems))
     return Point(label, overrides, mine, coupled_values, config)
+
+
+def folder_of_sweep(words: list[str], config: RunConfig) -> Path:
+    """The folder of a sweep, from the overrides of a point and what they come to: `run_dir`, or beside where a run alone would be."""
+    given = "run_dir" in map(key_of, words)
+    return config.folder if given else config.folder.with_name(f"{config.folder.name}-sweep")
 
 
 def _naming(words: list[str], swept: list[str], composed: Composed) -> RunConfig:

@@ -7,12 +7,12 @@ from pydantic import Field, field_validator
 from softmoe_train.checkpoint.best import RULE
 from softmoe_train.config import HYDRA, Record, compose_own
 from softmoe_train.finetune import key_of
+from softmoe_train.sweep.plugins import plugin_problems
 
 PREFIX = "sweep."
+BASIC = "basic"  # the grid, on this machine
 MOST_SLOTS = 1_000_000  # of an image
 Positive = Annotated[int, Field(ge=1)]
-LAUNCHERS = ("basic",)  # of hydra/launcher=, the first being ours on this machine
-SWEEPERS = ("basic",)
 
 
 class SweepConfig(Record):
@@ -47,12 +47,12 @@ class Words(NamedTuple):
     @property
     def launcher(self) -> str:
         """Who starts the points."""
-        return self._chosen("hydra/launcher", LAUNCHERS[0])
+        return self._chosen("hydra/launcher", BASIC)
 
     @property
     def sweeper(self) -> str:
         """Who says which points there are."""
-        return self._chosen("hydra/sweeper", SWEEPERS[0])
+        return self._chosen("hydra/sweeper", BASIC)
 
     def _chosen(self, key: str, otherwise: str) -> str:
         return next((o.partition("=")[2] for o in reversed(self.hydra) if key_of(o) == key), otherwise)
@@ -73,21 +73,13 @@ def compose_sweep(words: Words) -> tuple[SweepConfig | None, list[str]]:
 
 
 def _hydra_problems(words: Words) -> list[str]:
-    problems = []
-    for key, chosen, known in (
-        ("hydra/launcher", words.launcher, LAUNCHERS),
-        ("hydra/sweeper", words.sweeper, SWEEPERS),
-    ):
-        if chosen not in known:
-            problems.append(
-                f"{key}={chosen}: a sweep takes {' or '.join(known)}; leave it out for a grid on this machine"
-            )
+    problems = plugin_problems(words.launcher, words.sweeper)
+    theirs = ("launcher",) * (words.launcher != BASIC) + ("sweeper",) * (words.sweeper != BASIC)
+    taken = tuple(f"hydra{sign}{one}{sign}" for sign in "./" for one in theirs)
     for override in words.hydra:
         key = key_of(override)
-        if key in ("hydra/launcher", "hydra/sweeper"):
-            continue
-        if key in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir"):
+        if key in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.launcher.submitit_folder"):
             problems.append(f"{override}: the folder of a sweep is run_dir=, and each point has one of its own in it")
-        else:
+        elif key not in ("hydra/launcher", "hydra/sweeper") and not key.startswith(taken):
             problems.append(f"{override}: Hydra's own settings do nothing here; leave it out")
     return problems

@@ -7,31 +7,30 @@ import sys
 import time
 from pathlib import Path
 
-from tests.runs import alive, children_of, command, environment
+from tests.runs import ROOT, alive, children_of, command, environment
 
 # Quick to see that a node is gone, and to go on without it. The heartbeats leave room for a busy machine.
 QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6,read_timeout=10"
 PATIENCE = 240.0  # on a machine that does other things beside
-# With the store that agents share by default, a node that joins waits for an address that nobody publishes again (torch 2.13).
-ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # torchrun and softmoe
 
 
 class Agent:
-    """One node: torchrun with its workers, `within` the command that enters a network namespace, if any; one of all `hosts` the rendezvous."""
+    """One node: launch/torchrun.sh with its workers, `within` the command that enters a network namespace, if any; one of all `hosts` the rendezvous."""
 
     def __init__(
         self, folder: Path, name: str, overrides: list[str], *, nodes: str, workers: int, restarts: int, endpoint: str,
         address: str = "127.0.0.1", within: tuple[str, ...] = (), hosts: bool = True, **changes: str,
     ) -> None:  # fmt: skip
         self.log = folder / f"{name}.log"
-        line = [
-            *within, sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={workers}",
-            f"--max-restarts={restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=job",
-            f"--local-addr={address}", f"--rdzv-conf={QUICK},is_host={int(hosts)}", "--no-python", *command(*overrides),
-        ]  # fmt: skip
+        line = [*within, str(ROOT / "launch" / "torchrun.sh"), endpoint, nodes, *command(*overrides)[4:]]
+        told = {
+            "PATH": PROGRAMS, "RANKS": str(workers), "RESTARTS": str(restarts), "JOB": "job", "ADDRESS": address,
+            "RENDEZVOUS": f"{QUICK},is_host={int(hosts)}",
+        }  # fmt: skip
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                line, cwd=folder, env=environment(**{**ELASTIC, **changes}), stdout=out, stderr=subprocess.STDOUT
+                line, cwd=folder, env=environment(**{**told, **changes}), stdout=out, stderr=subprocess.STDOUT
             )
 
     @property

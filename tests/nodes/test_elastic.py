@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pytest
 
 from tests.nodes.agents import Agent
 from tests.ports import free_ports
-from tests.runs import metrics, same_bits, softmoe, stored
+from tests.runs import ROOT, metrics, same_bits, softmoe, stored
 
 RUN = ["recipe=debug", "observe.every=1", "checkpoint.every=10", "checkpoint.keep_last=3", "evals.upstream.every=0"]
 Start = Callable[..., Agent]
@@ -126,3 +127,12 @@ def test_torchrun_does_not_start_again_what_would_end_the_same(
     assert agent.said.count(said) == 1, agent.said
     assert agent.said.count(f"exit code {code}: ending torchrun") == 1
     assert "1 of 9 restarts" not in agent.said
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["recipe=debug"], ["recipe=debug", "4"], ["host"], ["host", "many", "recipe=debug"]]
+)
+def test_the_launch_file_says_what_it_needs(words: list[str]) -> None:
+    done = subprocess.run([ROOT / "launch" / "torchrun.sh", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "write launch/torchrun.sh HOST NODES key=value ..." in done.stderr

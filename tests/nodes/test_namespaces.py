@@ -42,16 +42,19 @@ class Hosts:
             setting = f"echo {RETRIES} > /proc/sys/net/ipv4/tcp_retries2"
             subprocess.run(["ip", "netns", "exec", name, "sh", "-c", setting], check=True)
 
-    def start(self, rendezvous: int) -> tuple[Agent, Agent]:
-        """An agent on each host; the rendezvous is on host 1 or 2. The workers of host 1 are the first ranks."""
+    def start(self, rendezvous: int, only: int | None = None) -> list[Agent]:
+        """An agent on each host, or on one; the rendezvous is on host 1 or 2. The workers of host 1 are the first ranks."""
+        begun = len(self.started)
         for number, name in enumerate(self.names, start=1):
+            if only not in (None, number):
+                continue
             place = {
                 "endpoint": f"10.99.7.{rendezvous}:29400", "hosts": number == rendezvous, "address": f"10.99.7.{number}",
                 "within": ("ip", "netns", "exec", name), "GLOO_SOCKET_IFNAME": name[-8:],
             }  # fmt: skip
             log = f"host{number}_{len(self.started)}"
             self.started.append(Agent(self.folder, log, PROGRAM, nodes="1:2", workers=1, restarts=3, **place))
-        return self.started[-2], self.started[-1]
+        return self.started[begun:]
 
     def cut(self) -> None:
         ip(f"-n {self.names[0]} link set {self.names[0][-8:]} down")
@@ -118,6 +121,20 @@ def test_a_host_that_is_lost_is_done_without(hosts: Hosts) -> None:
     show("host 2 lost, host 1 has completed the run with exit code 0", began, first)
     assert not any(alive(worker) for worker in workers)
     assert "1 of 3 restarts are used" in first.said
+    ends_on_the_last_step_as_if_nothing_had_happened(hosts.folder)
+
+
+def test_a_host_that_is_lost_comes_back_and_trains_again(hosts: Hosts) -> None:
+    first, second = hosts.start(rendezvous=1)
+    both_train(first)
+    began = time.monotonic()
+    second.kill()
+    first.wait_for("1 process; cpu")
+    (back,) = hosts.start(rendezvous=1, only=2)
+    first.wait_for("2 processes, expert axis 2", times=2)
+    assert (first.end(), back.end()) == (0, 0), first.said + back.said
+    show("host 2 lost and back, both have completed the run with exit code 0", began, first, back)
+    assert first.said.count("resumed from run/checkpoints/") == 2  # without it, and with it again
     ends_on_the_last_step_as_if_nothing_had_happened(hosts.folder)
 
 

@@ -1,3 +1,6 @@
+import socket
+from pathlib import Path
+
 import pytest
 
 from softmoe_train.launching.environment import PORTS, adopt_environment, first_host, under_launcher
@@ -18,6 +21,18 @@ TASK = JOB | {
     "SLURM_LOCALID": "1",
 }
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def _hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network in which the nodes of TASK have the addresses of hosts of their names, and no others have."""
+
+    def getaddrinfo(host: str, port: None) -> list[str]:
+        if host.startswith("gpu"):
+            return [host]
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, TASK, TASK | TORCHRUN], ids=["torchrun", "srun", "torchrun-in-srun"])
@@ -80,6 +95,32 @@ def test_every_task_of_a_step_finds_one_port_and_the_next_step_another() -> None
 
     assert port(SLURM_PROCID="0", SLURM_LOCALID="0") == port(SLURM_PROCID="7")
     assert len({port(SLURM_STEP_ID="0"), port(SLURM_STEP_ID="1"), port(SLURM_JOB_ID="4712")}) == 3
+
+
+def test_a_port_that_slurm_reserved_for_the_step_is_taken() -> None:
+    environment = TASK | {"SLURM_STEP_RESV_PORTS": "12003-12005,12009"}
+    adopt_environment(environment)
+    assert environment["MASTER_PORT"] == "12003"
+
+
+def test_a_node_whose_name_is_no_host_s_has_the_address_that_slurm_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on clouds, where NodeName is one thing and NodeAddr another."""
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\necho "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=ip-7"\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    environment = TASK | {"SLURM_STEP_NODELIST": "n[1-2]"}
+    adopt_environment(environment)
+    assert environment["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_a_node_without_any_address_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"first node of this step is n1, .* export MASTER_ADDR"):
+        adopt_environment(TASK | {"SLURM_STEP_NODELIST": "n[1-2]"})
 
 
 def test_torchrun_inside_srun_wins() -> None:

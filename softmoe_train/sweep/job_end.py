@@ -1,0 +1,70 @@
+"""This file owns what became of a job that is over: by the notes of its tasks, and else by what SLURM remembers."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from softmoe_train.at_end import is_complete
+from softmoe_train.sweep.outcome import Outcome, ended, step_of_run
+from softmoe_train.sweep.points import Point
+from softmoe_train.sweep.slurm_queue import state_of
+
+# How jobs end that did not fail.
+OF_NO_POINT = ("TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "REVOKED")
+
+
+class JobEnd(NamedTuple):
+    """The outcome of a job, and whether its time was up, so that it is to go on by itself."""
+
+    outcome: Outcome
+    time_is_up: bool
+
+
+class Note(NamedTuple):
+    """How one task ended: its exit code, what had asked it to end."""
+
+    rank: int
+    code: int
+    asked: str | None
+    time: float
+
+
+def end_of(point: Point, number: str, folder: Path) -> JobEnd:
+    """What became of job `number`, whose notes are in `folder`."""
+    notes = notes_of(number, folder)
+    bad = [note for note in notes if note.code]
+    if is_complete(point.config):
+        return JobEnd(Outcome(point, "complete", 0, "complete"), False)
+    if not notes:
+        return _by_slurm(point, number, folder)
+    if not bad:
+        return JobEnd(ended(point, 0), False)
+    # The first that failed; the others were ended because of it.
+    first = min(bad, key=lambda note: (ended(point, note.code).state != "failed", note.time))
+    outcome = ended(point, first.code)
+    if first.rank and outcome.state == "failed":
+        log = point.folder / f"output.{first.rank}.log"
+        outcome = outcome._replace(reason=f"rank {first.rank} {outcome.reason} ({log})")
+    return JobEnd(outcome, outcome.state == "interrupted" and first.asked != "SIGTERM")
+
+
+def notes_of(number: str, folder: Path) -> list[Note]:
+    """How the tasks of a job ended, in its last start; what cannot be read is passed over."""
+    found: dict[int, list[Note]] = {}
+    for path in folder.glob(f"{number}_*_*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads(path.read_text())
+            asked = next(iter(note["asked"]), None)
+            kept = Note(int(note["rank"]), int(note["code"]), asked, float(note["time"]))
+            found.setdefault(int(path.stem.split("_")[1]), []).append(kept)
+    return found[max(found)] if found else []
+
+
+def _by_slurm(point: Point, number: str, folder: Path) -> JobEnd:
+    """Of a job that was killed before a task could note anything, or never began."""
+    state = state_of(number)
+    if state is None or state.startswith(OF_NO_POINT):
+        reason = f"job {number} is gone at step {step_of_run(point)} ({state or 'SLURM has forgotten it'})"
+        return JobEnd(Outcome(point, "interrupted", None, reason), state == "TIMEOUT")
+    return JobEnd(Outcome(point, "failed", 1, f"job {number} ended with {state}; its own output is in {folder}"), False)

@@ -1,0 +1,211 @@
+"""This file owns the points of a sweep as jobs of SLURM: submitted through submitit, found again in the queue, and what became of each.
+
+The name of a job says which point of which sweep it is, so whoever comes after a kill finds it, whatever the ledger could still be told.
+"""
+
+import hashlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softmoe_train.at_end import is_complete
+from softmoe_train.config import ConfigError
+from softmoe_train.faults.claim import owner
+from softmoe_train.faults.stop import ASKING
+from softmoe_train.sweep.job_end import JobEnd, end_of
+from softmoe_train.sweep.ledger import Ledger
+from softmoe_train.sweep.outcome import FOR_GOOD, Outcome, given_up, log_of, step_of_run
+from softmoe_train.sweep.points import Point
+from softmoe_train.sweep.show import Running, Show
+from softmoe_train.sweep.slurm_queue import Queued, QueueError, queue
+from softmoe_train.sweep.submission import FOLDER, keep_private, submit
+from softmoe_train.sweep.submitted import SubmittedPoint
+
+QUICK_SECONDS, CALM_SECONDS, QUICK_FOR = (
+    1.0,
+    10.0,
+    60.0,
+)  # between two looks at the queue, and how long after something happened
+
+
+@dataclass
+class Job:
+    """A job of a point, from which step on."""
+
+    point: Point
+    number: str
+    since: int
+    waits: bool = True
+
+
+class SlurmJobs:
+    """Submits what is not complete and waits for it. A signal ends the waiting, and the jobs go on: the same command finds them."""
+
+    def __init__(self, verb: str, folder: Path, settings: dict[str, Any], retries: int, show: Show) -> None:
+        self._verb = verb
+        self._folder = folder.absolute()
+        self._settings = settings
+        self._retries = retries
+        self._show = show
+        self._asked: signal.Signals | None = None
+        self._active: dict[str, Job] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        self._happened = time.monotonic()
+        self._silent = ""  # what SLURM last failed to answer
+
+    def run(self, points: Sequence[Point], ledger: Ledger) -> list[Outcome]:
+        """Have a job for each point that is not complete; the outcomes come in the order of the points."""
+        keep_private(self._folder / FOLDER)
+        try:
+            queued = queue()
+        except QueueError as error:
+            raise ConfigError([f"hydra/launcher=submitit_slurm: SLURM does not answer here: {error}"]) from None
+        waiting: list[Point] = []
+        for point in points:
+            self._find(point, queued, ledger, waiting)
+        with self._hearing(), self._show.over(len(points)):
+            while self._asked is None and (self._active or waiting):
+                self._submit(waiting, ledger)
+                self._show.update(self._running(), self._outcomes.values(), len(waiting))
+                self._wait()
+                self._look(waiting, ledger)
+        for job in self._active.values():
+            state, doing = ("pending", "waits") if job.waits else ("running", "runs")
+            self._outcomes[job.point.label] = Outcome(job.point, state, None, f"{doing} as job {job.number}")
+        for point in waiting:
+            self._outcomes[point.label] = Outcome(point, "to do", None, "not submitted: the sweep was asked to end")
+        if self._active:
+            numbers = " ".join(job.number for job in self._active.values())
+            self._show.tell(
+                f"{len(self._active)} jobs go on, and the same command finds them; to end them: scancel {numbers}"
+            )
+        return [self._outcomes[point.label] for point in points]
+
+    def _find(self, point: Point, queued: dict[str, Queued], ledger: Ledger, waiting: list[Point]) -> None:
+        """What there is of a point: it is complete, its job is in the queue, or its last one is over."""
+        label, job = point.label, queued.get(self._name(point))
+        last = next((one for one in reversed(ledger.of(label, "started")) if "job" in one), None)
+        if job is not None:
+            if (
+                last is None or last["job"] != job.number
+            ):  # submitted by a sweep that was killed before it could note that
+                ledger.start(point, job=job.number)
+            elif last["digest"] != point.digest:
+                raise ConfigError(
+                    [f"{label}: job {job.number} runs it with other settings; wait for it, or scancel {job.number}"]
+                )
+            self._active[label] = Job(point, job.number, step_of_run(point), job.waits)
+            self._show.tell(f"{label}: {'waits' if job.waits else 'runs'} already as job {job.number}")
+            return
+        over = last is not None and not any(one.get("job") == last["job"] for one in ledger.of(label, "ended"))
+        if last is not None and over:
+            self._close(Job(point, str(last["job"]), 0), ledger)
+        if is_complete(point.config):
+            self._outcomes[label] = Outcome(point, "complete", None, "complete already")
+        elif (failed := given_up(point, ledger, self._retries)) is not None:
+            self._outcomes[label] = failed
+        else:
+            waiting.append(point)
+
+    def _submit(self, waiting: list[Point], ledger: Ledger) -> None:
+        """Submit as many as may be in the queue at once, but none whose folder another process holds."""
+        for point in list(waiting):
+            if self._asked is not None or len(self._active) >= int(self._settings["array_parallelism"]):
+                return
+            if (holder := owner(point.folder)) is not None:
+                self._say(f"{point.label}: in use by {holder}, so it waits for that to end")
+                continue
+            waiting.remove(point)
+            since = step_of_run(point)
+            number = submit(self._submitted(point), self._name(point), self._folder / FOLDER, self._settings)
+            attempt = ledger.start(point, job=number)
+            self._active[point.label] = Job(point, number, since)
+            self._happened = time.monotonic()
+            again = f" (attempt {attempt})" if attempt > 1 else ""
+            went = f", goes on from about step {since}" if since else ""
+            self._show.tell(f"{point.label}: submitted as job {number}{again}{went}")
+
+    def _look(self, waiting: list[Point], ledger: Ledger) -> None:
+        """See which jobs have left the queue, and what came of them."""
+        try:
+            queued = queue()
+        except QueueError as error:
+            self._say(f"SLURM does not answer, so nothing is known of the jobs: {error}")
+            return
+        self._silent = ""
+        for label, job in list(self._active.items()):
+            now = queued.get(self._name(job.point))
+            if now is not None:
+                if job.waits and not now.waits:
+                    self._show.tell(f"{label}: runs as job {job.number}")
+                job.waits = now.waits
+                continue
+            del self._active[label]
+            self._happened = time.monotonic()
+            outcome, time_is_up = self._close(job, ledger)
+            failed_once = outcome.state == "failed" and outcome.code not in FOR_GOOD
+            ran_out = time_is_up and step_of_run(job.point) > job.since
+            if ran_out or (failed_once and given_up(job.point, ledger, self._retries) is None):
+                waiting.append(job.point)
+                self._show.tell(f"{label}: {outcome.reason}; it is submitted again")
+                continue
+            self._outcomes[label] = outcome
+            see = "" if outcome.state == "complete" else f"; see {log_of(job.point)}"
+            self._show.tell(f"{label}: {outcome.reason}{see}")
+
+    def _close(self, job: Job, ledger: Ledger) -> JobEnd:
+        """What became of a job that is over, noted in the ledger."""
+        end = end_of(job.point, job.number, self._folder / FOLDER)
+        _, state, code, reason = end.outcome
+        ledger.end(job.point, state, code=code, reason=reason, step=step_of_run(job.point), job=job.number)
+        return end
+
+    def _name(self, point: Point) -> str:
+        """What its job is called: the same in every start of the sweep, and no other sweep's."""
+        prefix = self._settings["name"]
+        mine = "softmoe" if not prefix or str(prefix).startswith("${") else prefix
+        return f"{mine}-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:10]}-{point.label}"
+
+    def _submitted(self, point: Point) -> SubmittedPoint:
+        requeues = int(self._settings["max_num_timeout"] or 0)
+        return SubmittedPoint(
+            words=(self._verb, *point.overrides),
+            folder=str(point.folder.absolute()),
+            notes=str(self._folder / FOLDER),
+            requeues=requeues,
+        )
+
+    def _running(self) -> list[Running]:
+        return [
+            Running(label, step_of_run(job.point), job.point.config.steps)
+            for label, job in self._active.items()
+            if not job.waits
+        ]
+
+    def _wait(self) -> None:
+        lately = time.monotonic() - self._happened < QUICK_FOR
+        until = time.monotonic() + (QUICK_SECONDS if lately else CALM_SECONDS)
+        while self._asked is None and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _say(self, text: str) -> None:
+        """Once, until something else is to be said."""
+        if text != self._silent:
+            self._show.tell(text)
+        self._silent = text
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        def hear(number: int, frame: object) -> None:
+            self._asked = signal.Signals(number)
+
+        before = {number: signal.signal(number, hear) for number in ASKING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""This file owns what SLURM is asked of the jobs of a sweep: which are in the queue, and what it still knows of one that is not."""
+
+import subprocess
+from typing import NamedTuple
+
+SECONDS = 60.0  # for one answer
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
+
+
+class QueueError(Exception):
+    """SLURM gave no answer; whoever waits asks again."""
+
+
+class Queued(NamedTuple):
+    """A job that is not over."""
+
+    number: str
+    state: str
+    name: str
+
+    @property
+    def waits(self) -> bool:
+        """Whether no task of it runs."""
+        return self.state in WAITING
+
+
+def queue() -> dict[str, Queued]:
+    """Our jobs that wait or run, by name; raises QueueError."""
+    lines = _asked("squeue", "--me", "--noheader", "--format=%i|%T|%j").splitlines()
+    jobs = [Queued(*line.split("|", 2)) for line in lines if line.count("|") >= 2]
+    return {job.name: job for job in jobs}
+
+
+def state_of(number: str) -> str | None:
+    """How SLURM says that a job ended (`TIMEOUT`, `CANCELLED` ...), while it remembers; None after that."""
+    for words in (
+        ("scontrol", "--oneliner", "show", "job", number),
+        ("sacct", "--noheader", "--parsable2", "--format=State", "-j", number),
+    ):
+        try:
+            said = _asked(*words)
+        except QueueError:
+            continue
+        state = said.partition("JobState=")[2].split()[:1] if "JobState=" in said else said.split()[:1]
+        if state:
+            return state[0]
+    return None
+
+
+def _asked(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise QueueError(f"{words[0]}: {error}") from None
+    if done.returncode:
+        raise QueueError(f"{' '.join(words)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
