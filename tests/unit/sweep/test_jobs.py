@@ -127,7 +127,7 @@ def test_a_documented_sweep_is_of_points_that_may_start(line: Line) -> None:
     kind = placed(Kind("train", compose_train, check_train), words)
     for point in [] if words.sweeper == "optuna" else expand_sweep(words.runs):
         compose_train([*point, *kind.also], kind.problems)
-    assert kind.also == (("processes=16",) if words.launcher == "submitit_slurm" else ())
+    assert kind.also == (("processes=8",) if words.launcher == "submitit_slurm" else ())
 
 
 def test_a_key_varies_where_a_sweeper_may_choose() -> None:
