@@ -79,6 +79,6 @@ WORKDIR /work
 USER 10001:0
 # A run that is asked to end saves first: give it `docker run --stop-timeout 150`, Docker's own patience is 10 s.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5m --timeout=1m --start-period=1m --retries=2 CMD ["/opt/softmoe/bin/python", "/opt/softmoe/health.py"]
+HEALTHCHECK --interval=1m --timeout=1m --start-period=2m --retries=2 CMD ["/opt/softmoe/bin/python", "/opt/softmoe/health.py"]
 ENTRYPOINT ["/opt/softmoe/entrypoint"]
 CMD ["softmoe", "--help"]

@@ -3,14 +3,15 @@
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from softmoe_train.at_end import at_end_problems, is_complete
-from softmoe_train.commands import finetune as chosen
+from softmoe_train.commands.finetune import finetune
 from softmoe_train.commands.main import main
 from softmoe_train.config import ConfigError, compose, config_folder, save_yaml
 from softmoe_train.dist import World
@@ -18,6 +19,10 @@ from softmoe_train.finetune import compose_finetune
 from softmoe_train.optim.schedule import learning_rate
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
+from softmoe_train.sweep import drive
+from softmoe_train.sweep.ledger import Ledger
+from softmoe_train.sweep.outcome import Outcome, ended
+from softmoe_train.sweep.points import Point
 from tests.runs import metrics, same_bits, stored
 
 ALONE = World(0, 1, 0, 1)
@@ -199,6 +204,23 @@ def test_a_mistake_in_a_fine_tuning_at_the_end_is_told_before_the_run_starts() -
     assert "finetune.pets: data.train" in refused(run_of, *begin)  # no overrides are none
 
 
+class Here(NamedTuple):
+    """Runs the points of a sweep in this process, but fails with `code` at rates that begin with `failing`."""
+
+    failing: str
+    code: int
+
+    def run(self, points: Sequence[Point], ledger: Ledger) -> list[Outcome]:
+        return [self._outcome(point) for point in points]
+
+    def _outcome(self, point: Point) -> Outcome:
+        if is_complete(point.config):
+            return Outcome(point, "complete", None, "complete already")
+        if point.swept["schedule.peak"].startswith(self.failing):
+            return Outcome(point, "failed", self.code, "planted")
+        return ended(point, finetune(point.overrides, print_only=False))
+
+
 def test_a_rate_is_chosen_on_held_out_images_and_only_the_chosen_one_is_tested(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,22 +233,17 @@ def test_a_rate_is_chosen_on_held_out_images_and_only_the_chosen_one_is_tested(
         *SMALL,
         "steps=6",
         "schedule.warmup_steps=1",
+        "sweep.cost=false",
     ]
-    mine, trained = [*words, f"run_dir={tmp_path}", "schedule.peak=1e-9,0.03,7"], chosen.finetune
-
-    def fails_at_7(overrides: list[str], *, print_only: bool) -> int:
-        if "schedule.peak=7" in overrides:
-            raise RuntimeError("planted")
-        return trained(overrides, print_only=print_only)
-
-    monkeypatch.setattr(chosen, "finetune", fails_at_7)
+    mine = [*words, f"run_dir={tmp_path}", "schedule.peak=1e-9,0.03,7"]
+    monkeypatch.setattr(drive, "build_launcher", lambda _: Here(failing="7", code=3))
     assert main(mine) == 0
-    folders = {peak: tmp_path / f"schedule.peak={peak}" for peak in ("1e-09", "0.03")}
+    folders = {peak: tmp_path / f"peak={peak}" for peak in ("1e-09", "0.03")}
     held = {peak: metrics(folder, "finetune/val/loss")[6] for peak, folder in folders.items()}
     assert held["0.03"] < held["1e-09"]  # and so, with equal top-1 at worst, it is chosen
     said = capsys.readouterr()
-    assert re.search(r"schedule\.peak=0\.03 .*chosen", said.out) and re.search(r"schedule\.peak=1e-09 .* -\n", said.out)
-    assert re.search(r"schedule\.peak=7 +failed +-\n", said.out) and "RuntimeError: planted" in said.err
+    assert re.search(r"peak=0\.03 .*chosen", said.out) and re.search(r"peak=1e-09 .* -\n", said.out)
+    assert re.search(r"peak=7 +failed +-\n", said.out) and "peak=7: planted" in said.err
     assert [(folder / "test.json").is_file() for folder in folders.values()] == [False, True]
     assert [metrics(folder, "finetune/test/top1") for folder in folders.values()] == [{}, {}]
 
@@ -244,11 +261,9 @@ def test_a_rate_is_chosen_on_held_out_images_and_only_the_chosen_one_is_tested(
     capsys.readouterr()
     assert main(mine) == 0
     table = capsys.readouterr().out
-    assert re.search(r"schedule\.peak=0\.03 +diverged +-\n", table) and re.search(
-        r"schedule\.peak=1e-09 .*chosen", table
-    )
+    assert re.search(r"peak=0\.03 +diverged +-\n", table) and re.search(r"peak=1e-09 .*chosen", table)
 
-    monkeypatch.setattr(chosen, "finetune", lambda *_, **__: 3)
+    monkeypatch.setattr(drive, "build_launcher", lambda _: Here(failing="", code=3))
     assert main([*words, f"run_dir={tmp_path}/none", "schedule.peak=1,2"]) == 3
     assert main(words) == 2
 

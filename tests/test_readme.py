@@ -42,6 +42,14 @@ def test_a_command_runs(walked: tuple[Path, dict[Line, Done]], line: Line) -> No
     assert code == 0, said
 
 
+@pytest.mark.parametrize("line", [line for line in lines() if ELSEWHERE.match(line.text)], ids=lambda line: line.text)
+def test_a_command_for_other_machines_composes(line: Line) -> None:
+    words = [word for word in line.words if re.match(r"[a-z][\w.@]*=", word)]
+    compose(RunConfig, words, lambda _: [])
+    for file in re.findall(r"launch/\S+", line.text):
+        assert (ROOT / file).is_file()
+
+
 def test_every_kind_of_command_is_there() -> None:
     verbs = {line.words[line.words.index("softmoe") + 1] for line in LINES}
     assert verbs == {"train", "eval", "finetune", "parity", "plan", "bench", "inspect", "export", "shards", "report"}

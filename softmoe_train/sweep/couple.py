@@ -33,7 +33,7 @@ def coupling_problems(settings: SweepConfig, swept: list[str], given: list[str])
     problems = []
     for key, expression in settings.couple.items():
         where = f"sweep.couple={{{key}: {expression!r}}}"
-        if key in given:
+        if key in (*swept, *given):
             problems.append(f"{where}: {key} is given on the line too; leave one of them out")
         if key == SLOTS and settings.fixed_slots is not False:
             problems.append(f"{where}: sweep.fixed_slots decides {SLOTS} too; leave one of them out")

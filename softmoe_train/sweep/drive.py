@@ -48,21 +48,19 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
     """Compose and check all points; raises ConfigError with every mistake, and nothing was started or written."""
     words = words_of(overrides)
     settings, problems = compose_sweep(words)
-    points: list[Point] = []
-    if settings is not None:
-        try:
-            if words.sweeper != BASIC:
-                problems.append(
-                    f"hydra/sweeper={words.sweeper} chooses points for softmoe train -m alone; leave it out"
-                )
-            if not problems:
-                kind = placed(kind, words)
-            points = grid_points(kind, settings, words.runs, _Patience("points checked"))
-            if kind.world is None:
-                problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
-            return _checked(Sweep(kind, settings, words, points, measure_of(settings.measure, points)), problems)
-        except ConfigError as error:
-            problems += error.problems
+    if settings is None:  # what is wrong with the points is told too, as they would be without it
+        settings, _ = compose_sweep(Words([], [], []))
+        assert settings is not None
+    try:
+        if words.sweeper != BASIC:
+            problems.append(f"hydra/sweeper={words.sweeper} chooses points for softmoe train -m alone; leave it out")
+        kind = placed(kind, words)
+        points = grid_points(kind, settings, words.runs, _Patience("points checked"))
+        if kind.world is None:
+            problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
+        return _checked(Sweep(kind, settings, words, points, measure_of(settings.measure, points)), problems)
+    except ConfigError as error:
+        problems += error.problems
     raise ConfigError(problems)
 
 

@@ -10,7 +10,7 @@ from softmoe_train.report.rows import short_names
 PLAIN = re.compile(r"[A-Za-z_./][\w./=+-]*")  # what Hydra's grammar takes for a string as it is
 WORDS = {"true", "false", "null", "nan", "inf"}
 UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")  # in the name of a folder, or in a line of a shell
-QUOTES = "'\""
+AROUND = "'\"[](){} "  # a value
 LONGEST = 120  # characters of a label
 
 
@@ -31,4 +31,4 @@ def word_of(key: str, value: str) -> str:
 
 
 def _safe(value: str) -> str:
-    return UNSAFE.sub("-", value.strip(QUOTES)).strip("-") or "none"
+    return UNSAFE.sub("-", value.strip(AROUND)) or "none"
