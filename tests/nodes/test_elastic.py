@@ -131,11 +131,13 @@ def test_torchrun_does_not_start_again_what_would_end_the_same(
     assert "1 of 9 restarts" not in agent.said
 
 
-def test_the_line_of_the_readme_is_one_that_the_launch_file_takes() -> None:
-    (line,) = re.findall(r"^    launch/torchrun.sh (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    host, count, *overrides = line.split()
-    assert re.fullmatch(r"\d+(:\d+)?", count) and "=" not in host
-    compose(RunConfig, overrides, lambda _: [])
+def test_lines_of_the_readme_are_what_the_launch_file_takes() -> None:
+    lines = re.findall(r"^    launch/torchrun.sh (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        host, count, *overrides = line.split()
+        assert re.fullmatch(r"\d+(:\d+)?", count) and "=" not in host
+        compose(RunConfig, overrides, lambda _: [])
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_train.config import ConfigError, compose
+from softmoe_train.commands.elastic import check_train
+from softmoe_train.commands.train import compose_train
+from softmoe_train.config import ConfigError, compose, expand_sweep
 from softmoe_train.settings import RunConfig
 from softmoe_train.sweep import job_end, plugins
+from softmoe_train.sweep.drive import placed
 from softmoe_train.sweep.job_end import end_of
 from softmoe_train.sweep.plugins import keys_that_vary, plugin_problems
-from softmoe_train.sweep.points import Point
+from softmoe_train.sweep.points import Kind, Point
+from softmoe_train.sweep.settings import compose_sweep, words_of
 from softmoe_train.sweep.submission import keep_private
 from softmoe_train.sweep.submitted import RESUME, SubmittedPoint
+from tests.documented import Line, lines
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,19 @@ def test_what_is_no_launcher_or_is_not_installed_is_refused_with_what_to_do(monk
     slurm, optuna = plugin_problems("submitit_slurm", "optuna")
     assert slurm.startswith("hydra/launcher=submitit_slurm needs hydra-submitit-launcher; pip install")
     assert optuna.startswith("hydra/sweeper=optuna needs hydra-optuna-sweeper; pip install")
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if "-m hydra/" in line.text], ids=lambda line: line.text)
+def test_a_documented_sweep_is_of_points_that_may_start(line: Line) -> None:
+    words = words_of(line.words[3:])
+    settings, problems = compose_sweep(words)
+    if any("pip install" in problem for problem in problems):
+        pytest.skip(problems[0])
+    assert settings is not None and problems == []
+    kind = placed(Kind("train", compose_train, check_train), words)
+    for point in [] if words.sweeper == "optuna" else expand_sweep(words.runs):
+        compose_train([*point, *kind.also], kind.problems)
+    assert kind.also == (("processes=8",) if words.launcher == "submitit_slurm" else ())
 
 
 def test_a_key_varies_where_a_sweeper_may_choose() -> None:
