@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 SOFTMOE = [sys.executable, "-m", "softmoe_train"]
 # Those of other places: CI's own two; SLURM's and the builders' have tests beside theirs.
 ELSEWHERE = re.compile(
-    r"(make|sbatch|srun|scontrol|squeue|docker|buildah|kubectl|pip|launch/torchrun\.sh|TORCH_\w+=\S+ torchrun)\b"
+    r"(make|sbatch|srun|scontrol|squeue|docker|buildah|kubectl|pip|launch/torchrun\.sh|softmoe train -m hydra/\w+)\b"
 )
 
 
