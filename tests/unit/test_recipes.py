@@ -19,6 +19,7 @@ from softmoe_train.parity.session import parity_problems
 from softmoe_train.plan.make import make_plan
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
+from softmoe_train.sweep.settings import compose_sweep, words_of
 from tests.pareto import pareto_rows
 from tests.runs import same_bits, softmoe, stored
 
