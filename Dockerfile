@@ -67,7 +67,8 @@ COPY docker/entrypoint docker/environment docker/health.py /opt/softmoe/
 COPY --from=made /shards /work/shards
 RUN --mount=type=bind,from=made,source=/package,target=/package \
     python3 -m pip --python /opt/softmoe/bin/python install --no-cache-dir --no-deps --no-index /package/*.whl \
-    && /opt/softmoe/bin/softmoe --version
+    && /opt/softmoe/bin/softmoe --version \
+    && rm -rf /tmp/torchinductor_root
 
 LABEL org.opencontainers.image.title="softmoe_train" \
       org.opencontainers.image.description="Distributed pretraining of Soft Mixture-of-Experts vision transformers" \
@@ -79,6 +80,6 @@ WORKDIR /work
 USER 10001:0
 # A run that is asked to end saves first: give it `docker run --stop-timeout 150`, Docker's own patience is 10 s.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5m --timeout=1m --start-period=1m --retries=2 CMD ["/opt/softmoe/bin/python", "/opt/softmoe/health.py"]
+HEALTHCHECK --interval=1m --timeout=1m --start-period=2m --retries=2 CMD ["/opt/softmoe/bin/python", "/opt/softmoe/health.py"]
 ENTRYPOINT ["/opt/softmoe/entrypoint"]
 CMD ["softmoe", "--help"]

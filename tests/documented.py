@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 SOFTMOE = [sys.executable, "-m", "softmoe_train"]
 # Those of other places: CI's own two; SLURM's and the builders' have tests beside theirs.
 ELSEWHERE = re.compile(
-    r"(make|sbatch|srun|scontrol|squeue|docker|buildah|kubectl|pip|launch/torchrun\.sh|TORCH_\w+=\S+ torchrun)\b"
+    r"(make|sbatch|srun|scontrol|squeue|docker|buildah|kubectl|pip|launch/torchrun\.sh|softmoe train -m hydra/\w+)\b"
 )
 
 
@@ -65,7 +65,7 @@ def added(words: list[str]) -> list[str]:
             f"run_dir=runs/small-{zlib.crc32(rest.encode())}"
         ]
         fewshot = (
-            ["evals.fewshot.shots=[1]", "evals.fewshot.every=4", "evals.knn.every=4", "evals.probe.every=4"]
+            ["evals.fewshot.shots=[1,10]", "evals.fewshot.every=4", "evals.knn.every=4", "evals.probe.every=4"]
             if "fewshot" in rest
             else []
         )
@@ -79,7 +79,7 @@ def added(words: list[str]) -> list[str]:
 def prepare(folder: Path) -> None:
     """Pictures of digits, and the shards that lines find below `/data`."""
     digits = load_digits()
-    for number in range(80):
+    for number in range(250):
         label = folder / "pictures" / f"digit_{digits.target[number]}"
         label.mkdir(parents=True, exist_ok=True)
         pixels = np.repeat(digits.images[number].astype(np.uint8) * 15, 4, axis=0).repeat(4, axis=1)

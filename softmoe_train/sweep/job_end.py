@@ -1,6 +1,7 @@
 """This file owns what became of a job that is over: by the notes of its tasks, and else by what SLURM remembers."""
 
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,10 @@ from softmoe_train.sweep.slurm_queue import state_of
 
 # How jobs end that did not fail.
 OF_NO_POINT = ("TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "REVOKED")
+
+
+BY_ITSELF = ("COMPLETED", "FAILED")  # its tasks have noted something
+DISK_SECONDS = 15.0  # until what another host has written is seen here
 
 
 class JobEnd(NamedTuple):
@@ -32,7 +37,10 @@ class Note(NamedTuple):
 
 def end_of(point: Point, number: str, folder: Path) -> JobEnd:
     """What became of job `number`, whose notes are in `folder`."""
-    notes = notes_of(number, folder)
+    notes, until = notes_of(number, folder), time.monotonic() + DISK_SECONDS
+    while not notes and (state_of(number) or "").startswith(BY_ITSELF) and time.monotonic() < until:
+        time.sleep(0.5)
+        notes = notes_of(number, folder)
     bad = [note for note in notes if note.code]
     if is_complete(point.config):
         return JobEnd(Outcome(point, "complete", 0, "complete"), False)
@@ -64,6 +72,8 @@ def notes_of(number: str, folder: Path) -> list[Note]:
 def _by_slurm(point: Point, number: str, folder: Path) -> JobEnd:
     """Of a job that was killed before a task could note anything, or never began."""
     state = state_of(number)
+    if state == "COMPLETED":
+        return JobEnd(ended(point, 0), False)
     if state is None or state.startswith(OF_NO_POINT):
         reason = f"job {number} is gone at step {step_of_run(point)} ({state or 'SLURM has forgotten it'})"
         return JobEnd(Outcome(point, "interrupted", None, reason), state == "TIMEOUT")

@@ -25,11 +25,8 @@ from softmoe_train.sweep.slurm_queue import Queued, QueueError, queue
 from softmoe_train.sweep.submission import FOLDER, keep_private, submit
 from softmoe_train.sweep.submitted import SubmittedPoint
 
-QUICK_SECONDS, CALM_SECONDS, QUICK_FOR = (
-    1.0,
-    10.0,
-    60.0,
-)  # between two looks at the queue, and how long after something happened
+QUICK_SECONDS, CALM_SECONDS = 1.0, 10.0  # between two looks at the queue
+QUICK_FOR = 60.0  # seconds after something has happened
 
 
 @dataclass
@@ -90,9 +87,7 @@ class SlurmJobs:
         label, job = point.label, queued.get(self._name(point))
         last = next((one for one in reversed(ledger.of(label, "started")) if "job" in one), None)
         if job is not None:
-            if (
-                last is None or last["job"] != job.number
-            ):  # submitted by a sweep that was killed before it could note that
+            if last is None or last["job"] != job.number:  # a kill came before its submission was noted
                 ledger.start(point, job=job.number)
             elif last["digest"] != point.digest:
                 raise ConfigError(
@@ -101,8 +96,7 @@ class SlurmJobs:
             self._active[label] = Job(point, job.number, step_of_run(point), job.waits)
             self._show.tell(f"{label}: {'waits' if job.waits else 'runs'} already as job {job.number}")
             return
-        over = last is not None and not any(one.get("job") == last["job"] for one in ledger.of(label, "ended"))
-        if last is not None and over:
+        if last is not None and all(one.get("job") != last["job"] for one in ledger.of(label, "ended")):
             self._close(Job(point, str(last["job"]), 0), ledger)
         if is_complete(point.config):
             self._outcomes[label] = Outcome(point, "complete", None, "complete already")

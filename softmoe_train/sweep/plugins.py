@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -52,7 +55,7 @@ def _is_installed(plugin: str) -> bool:
 
 def launcher_settings(words: list[str]) -> dict[str, Any]:
     """The launcher's own settings with these overrides on top; raises ConfigError."""
-    config = _composed([word for word in words if "sweeper" not in word.partition("=")[0]])
+    config, _ = _composed([word for word in words if "sweeper" not in word.partition("=")[0]])
     settings = OmegaConf.to_container(config.hydra.launcher, resolve=False)
     assert isinstance(settings, dict), settings
     return {str(key): value for key, value in settings.items()}
@@ -78,7 +81,7 @@ def search(words: list[str], folder: Path, arguments: list[str], values: Values)
 
     Raises ConfigError where its settings cannot be, PointFailedError where it gives up.
     """
-    config = _composed(
+    config, context = _composed(
         [word for word in words if "launcher" not in word.partition("=")[0]], f"hydra.sweep.dir={folder}"
     )
     plugins = Plugins.instance()
@@ -86,9 +89,7 @@ def search(words: list[str], folder: Path, arguments: list[str], values: Values)
     plugins.instantiate_launcher = lambda **_: _Values(values)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         sweeper: Sweeper = plugins.instantiate_sweeper(
-            config=config,
-            hydra_context=None,  # pyright: ignore[reportArgumentType] (nothing is composed by it: that is ours)
-            task_function=lambda _: None,
+            config=config, hydra_context=context, task_function=lambda _: None
         )
     finally:
         plugins.instantiate_launcher = usual
@@ -114,9 +115,13 @@ class _Values(Launcher):
         return found
 
 
-def _composed(words: list[str], *more: str) -> DictConfig:
+def _composed(words: list[str], *more: str) -> tuple[DictConfig, HydraContext]:
+    """Hydra's own configuration with these overrides, and what its plugins are handed with it."""
     try:
         with initialize(config_path=None, version_base="1.3"):
-            return compose(overrides=[*words, *more], return_hydra_config=True)
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
+            return compose(overrides=[*words, *more], return_hydra_config=True), context
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([f"{' '.join(words)}: {str(error).partition(chr(10))[0]}"]) from None

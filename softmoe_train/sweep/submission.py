@@ -4,12 +4,14 @@ import importlib
 import os
 import shlex
 import stat
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from softmoe_train.config import ConfigError
 from softmoe_train.dist import World
+from softmoe_train.plain import plain
 from softmoe_train.sweep.submitted import SubmittedPoint
 
 FOLDER = ".submitit"  # of the sweep
@@ -24,7 +26,10 @@ def world_of_jobs(settings: dict[str, Any]) -> World:
 
 
 def submit(point: SubmittedPoint, name: str, folder: Path, settings: dict[str, Any]) -> str:
-    """Submit a job called `name`, with the settings of Hydra's launcher and what we need of it; returns its number."""
+    """Submit a job called `name`, with the settings of Hydra's launcher and what we need of it; returns its number.
+
+    Raises ConfigError where SLURM does not take it, or the folder is not ours alone.
+    """
     keep_private(folder)
     # Not a folder for each job, which submitit makes after SLURM may have started it.
     executor = importlib.import_module("submitit").AutoExecutor(folder=folder, cluster="slurm")
@@ -43,7 +48,10 @@ def submit(point: SubmittedPoint, name: str, folder: Path, settings: dict[str, A
         **shared,
         **slurm,
     )
-    return str(executor.submit(point).job_id)
+    try:
+        return str(executor.submit(point).job_id)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise ConfigError([f"SLURM does not take the job {name}: {plain(error)}"]) from None
 
 
 def keep_private(folder: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from softmoe_train.config import compose
+from softmoe_train.settings import RunConfig
 from tests.nodes.agents import Agent
 from tests.ports import free_ports
 from tests.runs import ROOT, metrics, same_bits, softmoe, stored
@@ -127,6 +129,15 @@ def test_torchrun_does_not_start_again_what_would_end_the_same(
     assert agent.said.count(said) == 1, agent.said
     assert agent.said.count(f"exit code {code}: ending torchrun") == 1
     assert "1 of 9 restarts" not in agent.said
+
+
+def test_lines_of_the_readme_are_what_the_launch_file_takes() -> None:
+    lines = re.findall(r"^    launch/torchrun.sh (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        host, count, *overrides = line.split()
+        assert re.fullmatch(r"\d+(:\d+)?", count) and "=" not in host
+        compose(RunConfig, overrides, lambda _: [])
 
 
 @pytest.mark.parametrize(

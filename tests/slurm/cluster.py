@@ -58,8 +58,9 @@ SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 ReturnToService=2
 SlurmdParameters=config_overrides
 InactiveLimit=0
+FirstJobId={first_job}
 MinJobAge=3600
-KillWait=5
+KillWait=20
 UnkillableStepTimeout=30
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -149,6 +150,8 @@ class Cluster:
             CONFIGURATION.format(
                 host=socket.gethostname().partition(".")[0], user=getpass.getuser(), folder=self.folder, nodes=NODES,
                 controller=controller, ports=ports, partitions=PARTITIONS,
+                first_job=1 + secrets.randbelow(30000),  # ports follow from it, and another cluster may be here
+
             )
         )  # fmt: skip
         for name in ("state", "munge", *NODES):
