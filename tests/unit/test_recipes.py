@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from softmoe_train.config import compose, config_folder
+from softmoe_train.config import compose, config_folder, expand_sweep
 from softmoe_train.dist import World
 from softmoe_train.model.records import ModelConfig, Router
 from softmoe_train.optim.groups import DecayConfig
@@ -19,6 +19,7 @@ from softmoe_train.parity.session import parity_problems
 from softmoe_train.plan.make import make_plan
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
+from softmoe_train.sweep.settings import compose_sweep, words_of
 from tests.pareto import pareto_rows
 from tests.runs import same_bits, softmoe, stored
 
@@ -48,10 +49,27 @@ def composed(words: str, folder: Path, size: int) -> RunConfig:
     return compose(RunConfig, words_now, lambda config: check(config, size, min(size, 8)))
 
 
-@pytest.mark.parametrize(("name", "words"), COMMANDS, ids=lambda value: value.strip())
+SWEEPS = [(name, words.removeprefix("-m ")) for name, words in COMMANDS if words.startswith("-m ")]
+SINGLE = [(name, words) for name, words in COMMANDS if not words.startswith("-m ")]
+
+
+@pytest.mark.parametrize(("name", "words"), SINGLE, ids=lambda value: value.strip())
 def test_a_headers_command_fits_its_processes(name: str, words: str, tmp_path: Path) -> None:
     (size,) = (int(found.group(1)) for line in HEADERS[name] if (found := re.match(r"Layout: +(\d+) ", line)))
     composed(words.replace("FOLDER_OR_PATTERN", "SHARDS"), tmp_path, size)
+
+
+def test_the_sweeps_of_experts_against_slots_are_the_rows_that_they_are_said_to_be() -> None:
+    """256 slots, one for each token, times the row (paper Figure 6)."""
+    assert len(SWEEPS) == 2
+    for row, (_, words) in zip((1, 4), SWEEPS, strict=True):
+        line = shlex.split(words)
+        settings, problems = compose_sweep(words_of(line))
+        assert settings is not None and problems == []
+        assert settings.fixed_slots == 256 * row and f"run_dir=runs/slots_experts/row_{row}" in line
+        for point in expand_sweep(words_of(line).runs):
+            (experts,) = (int(word.partition("=")[2]) for word in point if word.startswith("model.moe.num_experts="))
+            assert settings.fixed_slots % experts == 0
 
 
 def test_every_recipe_has_a_command_and_says_what_it_is() -> None:

@@ -18,7 +18,7 @@ from softmoe_train.sweep.points import Kind
 from tests.unit.sweep.holding import held_by_another
 
 EXPERTS, SLOTS = "model.moe.num_experts", "model.moe.slots_per_expert"
-TRAIN = Kind("train", compose_train, lambda config: check_train(config, None))
+TRAIN = Kind("train", compose_train, check_train)
 
 
 @pytest.fixture(autouse=True)
