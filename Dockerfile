@@ -67,7 +67,8 @@ COPY docker/entrypoint docker/environment docker/health.py /opt/softmoe/
 COPY --from=made /shards /work/shards
 RUN --mount=type=bind,from=made,source=/package,target=/package \
     python3 -m pip --python /opt/softmoe/bin/python install --no-cache-dir --no-deps --no-index /package/*.whl \
-    && /opt/softmoe/bin/softmoe --version
+    && /opt/softmoe/bin/softmoe --version \
+    && rm -rf /tmp/torchinductor_root
 
 LABEL org.opencontainers.image.title="softmoe_train" \
       org.opencontainers.image.description="Distributed pretraining of Soft Mixture-of-Experts vision transformers" \

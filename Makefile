@@ -37,7 +37,7 @@ UV = $(VENV)/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --n
 constraints: pyproject.toml
 	$(PYTHON) -m venv $(VENV)/uv
 	$(VENV)/uv/bin/python -m pip install --quiet uv
-	$(UV) --extra quickstart --extra pictures --extra parquet pyproject.toml | grep -vE '$(TORCHS)' >$(VENV)/pins
+	$(UV) --extra quickstart --extra sweep --extra pictures --extra parquet pyproject.toml | grep -vE '$(TORCHS)' >$(VENV)/pins
 	(echo "# What an image installs beside its base's torch; \`make constraints\` writes it."; cat $(VENV)/pins) >docker/constraints.txt
 	printf '%s\n' hatchling setuptools | $(UV) - >$(VENV)/pins
 	(echo "# What builds the wheels of an image; \`make constraints\` writes it."; cat $(VENV)/pins) >docker/build.txt

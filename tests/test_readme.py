@@ -10,7 +10,7 @@ import torch
 
 from softmoe_train.checkpoint import CheckpointStore
 from softmoe_train.commands.bench import MEASURES
-from softmoe_train.config import compose
+from softmoe_train.config import compose, expand_sweep
 from softmoe_train.model.vit import build_model
 from softmoe_train.settings import RunConfig
 from tests.documented import ELSEWHERE, README, Done, Line, lines, prepare, run
@@ -44,8 +44,9 @@ def test_a_command_runs(walked: tuple[Path, dict[Line, Done]], line: Line) -> No
 
 @pytest.mark.parametrize("line", [line for line in lines() if ELSEWHERE.match(line.text)], ids=lambda line: line.text)
 def test_a_command_for_other_machines_composes(line: Line) -> None:
-    words = [word for word in line.words if re.match(r"[a-z][\w.@]*=", word)]
-    compose(RunConfig, words, lambda _: [])
+    of_runs = (word for word in line.words if re.match(r"(?!hydra)[a-z][\w.@]*=(?!interval)", word))
+    for words in expand_sweep(list(of_runs)):
+        compose(RunConfig, words, lambda _: [])
     for file in re.findall(r"launch/\S+", line.text):
         assert (ROOT / file).is_file()
 

@@ -14,6 +14,7 @@ from softmoe_train.dist import World, world_of
 from softmoe_train.launching.environment import adopt_environment, under_launcher
 from softmoe_train.launching.local import TOLD_CODES, launch_local
 from softmoe_train.launching.meeting import PARTING_SECONDS, by_torchrun, restart_of
+from softmoe_train.launching.store import with_store
 from softmoe_train.launching.worker import end_launcher, run_worker
 
 GRACE_SECONDS = 5  # what the workers of a verb that saves nothing get to end after a signal
@@ -72,7 +73,7 @@ def compose_alone(name: str, record: type[R], overrides: list[str]) -> R:
 def run_verb(verb: Verb[C], overrides: list[str]) -> int:
     """Compose and check before anything is started, then work in as many processes as were asked for; returns the exit code."""
     if under_a_launcher():
-        return as_worker(verb.name, lambda world: verb.work(verb.compose(world), world))
+        return as_worker(verb.name, lambda world: verb.work(verb.compose(world), with_store(world)))
     config = verb.compose(None)
     if config.processes > 1:
         command = [sys.executable, "-m", "softmoe_train", verb.name, *overrides]

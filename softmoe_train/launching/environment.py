@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 
 PORTS = range(15000, 31000)  # below Linux's ephemeral ports (from 32768), above the usual services
+NUM_PORTS, PORTS_APART = 8, 1999  # of a step
 
 
 def under_launcher(environ: Mapping[str, str]) -> bool:
@@ -39,9 +40,8 @@ def by_srun(environ: Mapping[str, str]) -> bool:
 def adopt_environment(environ: MutableMapping[str, str]) -> None:
     """Under plain srun, set the variables that torchrun would have; torchrun inside srun is left as it is.
 
-    MASTER_ADDR is the step's first host, where srun puts task 0. MASTER_PORT is the first that SLURM reserved for the step
-    (`srun --resv-ports`), else it comes from job and step, so every task finds the same one and two steps on one host rarely
-    meet. Either is kept where it is set already. Raises ValueError where that host has no address.
+    MASTER_ADDR is the step's first host, where srun puts task 0; MASTER_PORT the first of its ports. Either is kept where it is
+    set already. Raises ValueError where that host has no address.
     """
     if "RANK" in environ or not is_srun_task(environ):
         return
@@ -55,10 +55,18 @@ def adopt_environment(environ: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in environ:
         node = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
         environ["MASTER_ADDR"] = address_of(node)
-    if "MASTER_PORT" not in environ:
-        reserved = re.match(r"\d+", environ.get("SLURM_STEP_RESV_PORTS", ""))
-        job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
-        environ["MASTER_PORT"] = reserved[0] if reserved else str(PORTS[(job * 101 + step) % len(PORTS)])
+    environ["MASTER_PORT"] = str(ports_of_step(environ)[0])
+
+
+def ports_of_step(environ: Mapping[str, str]) -> list[int]:
+    """Where the tasks of a step may meet, the same for each: where the user says, else at what SLURM has reserved for the step
+    (`srun --resv-ports`), else at some that follow from job and step."""
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    ports = [PORTS[(job * 101 + step + number * PORTS_APART) % len(PORTS)] for number in range(NUM_PORTS)]
+    reserved = [int(port) for port in re.findall(r"\d+", environ.get("SLURM_STEP_RESV_PORTS", ""))]
+    ports = reserved or ports
+    given = int(environ.get("MASTER_PORT", ports[0]))
+    return ports if given == ports[0] else [given]
 
 
 def address_of(node: str) -> str:

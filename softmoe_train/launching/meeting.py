@@ -61,7 +61,7 @@ class Meeting:
         """Meet all ranks of `world`; raises TimeoutError where some do not come."""
         self._world = world
         limit = timedelta(seconds=MEETING_SECONDS)
-        self._shared, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=limit))
+        self._shared = world.store or next(rendezvous("env://", world.rank, world.size, timeout=limit))[0]
         self._name = self._welcome() if world.main else self._be_welcomed()
         self.store: Store = PrefixStore(self._name, self._shared)
         self.hosts: list[int] = json.loads(self.store.get("hosts"))

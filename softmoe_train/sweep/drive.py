@@ -25,7 +25,6 @@ from softmoe_train.sweep.show import Show
 from softmoe_train.sweep.submission import world_of_jobs
 
 PATIENCE_SECONDS = 5.0  # after which what takes long tells how far it is
-CODES = {"complete": 0, "stopped": 0, "pending": 0, "running": 0}
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,20 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
     if settings is None:  # what is wrong with the points is told too, as they would be without it
         settings, _ = compose_sweep(Words([], [], []))
         assert settings is not None
+    if words.sweeper != BASIC:
+        problems.append(f"hydra/sweeper={words.sweeper} chooses points for softmoe train -m alone; leave it out")
     try:
-        if words.sweeper != BASIC:
-            problems.append(f"hydra/sweeper={words.sweeper} chooses points for softmoe train -m alone; leave it out")
-        kind = placed(kind, words)
+        if not problems:
+            kind = placed(kind, words)
         points = grid_points(kind, settings, words.runs, _Patience("points checked"))
         if kind.world is None:
             problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
-        return _checked(Sweep(kind, settings, words, points, measure_of(settings.measure, points)), problems)
+        sweep = Sweep(kind, settings, words, points, measure_of(settings.measure, points))
     except ConfigError as error:
-        problems += error.problems
-    raise ConfigError(problems)
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return sweep
 
 
 def placed(kind: Kind, words: Words) -> Kind:
@@ -70,12 +72,6 @@ def placed(kind: Kind, words: Words) -> Kind:
         return kind
     world = world_of_jobs(launcher_settings(words.hydra))
     return kind._replace(world=world, also=(*kind.also, f"processes={world.size}"))
-
-
-def _checked(sweep: Sweep, problems: list[str]) -> Sweep:
-    if problems:
-        raise ConfigError(problems)
-    return sweep
 
 
 def run_sweep(sweep: Sweep) -> list[Outcome]:

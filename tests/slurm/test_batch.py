@@ -1,5 +1,6 @@
 """launch/slurm.sbatch on a real SLURM of two nodes: whatever SLURM does to a job, its run goes on as if nothing had happened."""
 
+import os
 import re
 import shlex
 import time
@@ -15,7 +16,7 @@ from tests.slurm.program import PLANTED
 from tests.slurm.submit import Desk, failing
 
 STEPS = 120
-SLOWER, SLOW, FAST = "1", "0.3", "0"  # seconds more a step: what a test does to a job must come before its end
+SLOWER, SLOW, FAST = "1.5", "0.3", "0"  # seconds more a step: what a test does to a job must come before its end
 
 
 def documented() -> list[str]:
@@ -25,7 +26,7 @@ def documented() -> list[str]:
     return shlex.split(line)
 
 
-COMMAND = [*documented(), f"steps={STEPS}"]
+COMMAND = [*documented(), f"steps={STEPS}", "observe.every=1"]
 RUN = "runs/slurm"  # the run folder of that
 
 
@@ -41,9 +42,13 @@ def desk(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Desk:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(desk: Desk) -> str:
-    """A job near its time limit, in the partition that nobody preempts: it gets its signal after 60 to 90 s, so it comes first."""
+    """A job near its time limit, in the partition that nobody preempts. SLURM looks every half minute, so it comes first."""
+    minutes = 2 + int(
+        os.getloadavg()[0] / 5
+    )  # its signal, 60 to 90 s before that, is for the training, and not for its imports
     (desk.folder / "limited_pace").write_text(SLOWER)
-    return desk.sbatch("--partition=high", "--time=2", "--signal=USR1@30", *to("runs/limited"), pace="limited_pace")
+    limit = ["--partition=high", f"--time={minutes}", "--signal=USR1@60"]
+    return desk.sbatch(*limit, *to("runs/limited"), pace="limited_pace")
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +81,14 @@ def interrupted(desk: Desk) -> dict[str, str]:
 
     desk.until(lambda: desk.step(run) >= 15, job)
     cluster.ask("scontrol", "requeue", job)
-    desk.started_again(job)
+    desk.started_again(job, 1)
 
     desk.until(lambda: desk.step(run) >= 30, job)
     taker = cluster.ask(
         "sbatch", "--parsable", "--partition=high", "--nodes=2", "--cpus-per-task=3", "--output=/dev/null", "--wrap=:"
     )
     cluster.wait_for(taker, "COMPLETED")
-    said["when it was preempted"] = str(cluster.job(job))
-    desk.started_again(job)
+    desk.started_again(job, 2)
 
     desk.until(lambda: desk.step(run) >= 45, job)
     cluster.ask("scancel", job)
@@ -120,8 +124,7 @@ def test_every_start_goes_on_in_the_same_run_folder_and_output_file(interrupted:
 
 def test_a_preempted_run_saves_within_the_grace_time_and_requeues_itself(interrupted: dict[str, str]) -> None:
     assert "slurm.sbatch: interrupted, and saved: requeued" in interrupted["job"]
-    assert "'Restarts': '2'" in interrupted["when it was preempted"]
-    assert interrupted["job"].count("interrupted by SIGTERM at step") == 3
+    assert interrupted["job"].count("interrupted by SIGTERM: saving step") == 3
 
 
 def test_a_cancelled_job_is_not_requeued_and_leaves_a_whole_checkpoint_and_no_process(
@@ -150,9 +153,9 @@ def test_before_its_time_limit_a_job_saves_and_requeues_itself_until_the_run_is_
 ) -> None:
     desk.until(lambda: "interrupted by SIGUSR1 at step" in desk.said(limited), limited)
     (desk.folder / "limited_pace").write_text(FAST)
-    desk.started_again(limited)
+    desk.started_again(limited, 1)
     known = desk.cluster.wait_for(limited, "COMPLETED", "FAILED")
     assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "1"), desk.said(limited)
     assert "slurm.sbatch: interrupted, and saved: requeued" in desk.said(limited)
-    assert len(resumptions(desk.said(limited))) == 1
+    assert 0 < resumptions(desk.said(limited))[0] < STEPS
     assert same_runs(whole, desk.folder / "runs/limited")
