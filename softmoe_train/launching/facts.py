@@ -45,6 +45,7 @@ class RankFacts(Record):
     host: str
     device: str
     device_id: str | None  # of the hardware; None on a CPU
+    settings: str  # a hash of all of them
     versions: dict[str, str]
     others: dict[str, str]
     environment: dict[str, str]  # what sets the behaviour of the libraries below us
@@ -58,12 +59,13 @@ class RankFacts(Record):
 def facts_of_rank(world: World, device: torch.device, folder: Path, settings: str) -> RankFacts:
     """What this rank is, `settings` a hash of what it was told. Collective: clocks are read between agreements."""
     name, identity = _hardware(device)
-    versions, others = _versions(device, settings)
+    versions, others = _versions(device)
     return RankFacts(
         rank=world.rank,
         host=socket.gethostname(),
         device=name,
         device_id=identity,
+        settings=settings,
         versions=versions,
         others=others,
         environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(SETS_BEHAVIOUR)},
@@ -108,12 +110,12 @@ def _hardware(device: torch.device) -> tuple[str, str | None]:
     return properties.name, str(getattr(properties, "uuid", "")) or None
 
 
-def _versions(device: torch.device, settings: str) -> tuple[dict[str, str], dict[str, str]]:
+def _versions(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
     """What must be the same everywhere, and what is told where it is not."""
     code = code_version()
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["torch"] = torch.__version__  # with its build, which metadata may lack
-    versions |= {"python": ".".join(platform.python_version_tuple()[:2]), "settings": settings}
+    versions["python"] = ".".join(platform.python_version_tuple()[:2])
     versions["softmoe_train"] = f"{code['version']}, code {_code_hash()}"
     others = {"python": platform.python_version(), "commit": code["commit"] or "", "kernel": platform.release()}
     if device.type == "cuda":

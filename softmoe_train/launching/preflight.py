@@ -15,7 +15,7 @@ import torch.distributed as dist
 import xxhash
 from torch.distributed import ProcessGroup
 
-from softmoe_train.config import ConfigError, Record
+from softmoe_train.config import ConfigError, Record, flat
 from softmoe_train.dist import World
 from softmoe_train.launching import verdict
 from softmoe_train.launching.collectives import Tried, try_collectives
@@ -58,7 +58,7 @@ class Preflight:
         self._began = time.perf_counter()
         settings = xxhash.xxh3_64_hexdigest(json.dumps(about.settings, sort_keys=True, default=str).encode())
         self.facts = _gathered(RankFacts, facts_of_rank(world, device, about.folder, settings))
-        self._refuse(verdict.refusals(self.facts))
+        self._refuse(self._differing_settings() + verdict.refusals(self.facts))
 
     def measure(self, expert_axis: ProcessGroup, slots_bytes: int) -> None:
         """Measure and try all, with `slots_bytes` of a rank over the expert axis; rank 0 tells and keeps it.
@@ -90,6 +90,14 @@ class Preflight:
             print(
                 "\n".join([*lines, f"preflight passed in {seconds:.1f} s, {ending}; {FILE} has every rank"]), flush=True
             )
+
+    def _differing_settings(self) -> list[str]:
+        """Which settings not all ranks have alike; hashes are compared first, since a thousand ranks have many settings."""
+        if len({facts.settings for facts in self.facts}) == 1:
+            return []
+        own = {key: str(value) for key, value in flat(dict(self._about.settings)).items()}
+        texts = _texts(json.dumps(own))
+        return verdict.differing(dict(enumerate(map(json.loads, texts))), self.facts, verdict.ALIKE)
 
     def _refuse(
         self,

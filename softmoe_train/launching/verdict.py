@@ -14,6 +14,7 @@ CLOCK_SECONDS = 1.0
 # Of the median; devices of one kind differ by a few percent, processors that others use too by more.
 SLOW_ALONE = {"cuda": 0.85, "cpu": 0.6}
 SLOW_PAIR = 0.5
+ALIKE = "must be the same on every rank"
 MOST = 8  # findings of one kind
 # That hosts or ranks have of their own.
 OWN = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")
@@ -22,9 +23,7 @@ DISK_BYTES, SHARED_BYTES, GIB = 2**30, 2**28, 2**30
 
 def refusals(facts: Sequence[RankFacts]) -> list[str]:
     """What no run should start with."""
-    return _differing({f.rank: f.versions for f in facts}, facts, "must be the same on every rank") + _shared_devices(
-        facts
-    )
+    return differing({f.rank: f.versions for f in facts}, facts, ALIKE) + _shared_devices(facts)
 
 
 def wrong_results(tried: Sequence[Sequence[Tried]]) -> list[str]:
@@ -49,7 +48,7 @@ def warnings(facts: Sequence[RankFacts], *, fsdp: bool, workers: int) -> list[st
         usual = sizes.most_common(1)[0][0]
         few = [f"{host} has {len(ranks)}" for host, ranks in hosts.items() if len(ranks) != usual]
         found.append(f"hosts have {usual} ranks, but {', '.join(_first(few))}")
-    found += _differing({f.rank: {**f.others, "device": f.device} for f in facts}, facts, "is not the same everywhere")
+    found += differing({f.rank: {**f.others, "device": f.device} for f in facts}, facts, "is not the same everywhere")
     gpu = any(f.device_id for f in facts)
     traps: dict[str, list[int]] = defaultdict(list)
     for one in facts:
@@ -57,7 +56,7 @@ def warnings(facts: Sequence[RankFacts], *, fsdp: bool, workers: int) -> list[st
             traps[trap].append(one.rank)
     found += [f"{_who(ranks, facts)}: {trap}" for trap, ranks in traps.items()]
     ours = {f.rank: {k: v for k, v in f.environment.items() if k not in OWN} for f in facts}
-    return found + _differing(ours, facts, "is not set alike on all ranks") + _lacks(facts, hosts, workers)
+    return found + differing(ours, facts, "is not set alike on all ranks") + _lacks(facts, hosts, workers)
 
 
 def slow_ranks(speeds: Sequence[Speed], facts: Sequence[RankFacts]) -> list[str]:
@@ -119,7 +118,7 @@ def hosts_of(facts: Iterable[RankFacts]) -> dict[str, list[int]]:
     return dict(hosts)
 
 
-def _differing(values: Mapping[int, Mapping[str, str]], facts: Sequence[RankFacts], rule: str) -> list[str]:
+def differing(values: Mapping[int, Mapping[str, str]], facts: Sequence[RankFacts], rule: str) -> list[str]:
     """One line for each key that not all ranks have alike: who has what."""
     found = []
     for key in sorted({key for one in values.values() for key in one}):

@@ -24,12 +24,12 @@ from tests.runs import command, environment
 THROTTLE = "import os, signal, sys, time\nwhile True:\n for s, t in ((signal.SIGSTOP, .06), (signal.SIGCONT, .02)):\n  os.kill(int(sys.argv[1]), s)\n  time.sleep(t)"
 
 
-def preflight(rank: int, world: int, folder: str) -> dict[str, Any]:
+def preflight(rank: int, world: int, folder: str, seed: int = 0) -> dict[str, Any]:
     """One preflight of this rank: what it printed, kept and raised."""
     said, refused = io.StringIO(), ""
     group = dist.group.WORLD
     assert group is not None
-    about = About(Path(folder), {"seed": 0}, fsdp=False, workers=0, dtype=torch.float32)
+    about = About(Path(folder), {"optim": {"decay": 0.1}, "seed": seed}, fsdp=False, workers=0, dtype=torch.float32)
     with contextlib.redirect_stdout(said):
         try:
             Preflight(World(rank, world, rank, world), torch.device("cpu"), about).measure(group, 2**16)
@@ -62,6 +62,7 @@ def scenarios(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
         got.copy_(got.view(2, -1).flip(0).flatten())
         return done
 
+    found["settings"] = preflight(rank, world, f"{folder}/settings", seed=rank)
     if rank == 1:
         time.time = lambda: now() + 7.0
     found["clock"] = preflight(rank, world, f"{folder}/clock")
@@ -106,6 +107,13 @@ def test_a_clock_that_is_off_is_told_with_how_much(found: list[dict[str, dict[st
     assert 6.5 < kept["least"] <= 7.0 <= kept["most"] < 7.5
     # The two ranks of a test share a host, so its clock is that of its last rank.
     assert [line for line in found[0]["clock"]["kept"]["warnings"] if " is 7.0 s ahead of rank 0's" in line]
+
+
+def test_settings_that_differ_are_named_with_who_has_which(found: list[dict[str, dict[str, Any]]]) -> None:
+    refused = found[0]["settings"]["refused"]
+    assert refused == found[1]["settings"]["refused"]
+    (line,) = refused.splitlines()[1:]
+    assert line.startswith("  - seed must be the same on every rank: rank 0 (") and line.endswith(") has 1")
 
 
 def test_a_wrong_all_to_all_refuses_the_run_on_every_rank_and_names_who_got_what(

@@ -151,7 +151,6 @@ class Cluster:
                 host=socket.gethostname().partition(".")[0], user=getpass.getuser(), folder=self.folder, nodes=NODES,
                 controller=controller, ports=ports, partitions=PARTITIONS,
                 first_job=1 + secrets.randbelow(30000),  # ports follow from it, and another cluster may be here
-
             )
         )  # fmt: skip
         for name in ("state", "munge", *NODES):

@@ -16,7 +16,7 @@ def facts(ranks: int = RANKS, **changes: dict[int, object]) -> list[RankFacts]:
     """Ranks on hosts of eight GPUs, all alike but for `changes`: a field's values by rank."""
     return [
         RankFacts(**{
-            "rank": rank, "host": f"node{rank // ON_HOST}", "device": "GPU", "device_id": f"GPU-{rank}", "versions": {"torch": "2.13.0"},
+            "rank": rank, "host": f"node{rank // ON_HOST}", "device": "GPU", "device_id": f"GPU-{rank}", "settings": "a", "versions": {"torch": "2.13.0"},
             "others": {"driver": "570"}, "environment": {}, "free_bytes": {"device": 80 * 2**30}, "cores": (96, 96), "threads": 8,
             "files": 2**20, "clock": (0.0, 0.001),
             **{field: values[rank] for field, values in changes.items() if rank in values},
