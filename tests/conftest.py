@@ -14,4 +14,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in terminalreporter.stats.get(outcome, [])
         if report.nodeid.startswith("tests/slurm/") and report.when == "call"
     ]
-    terminalreporter.write_line(f"tests on a real SLURM: {len(ran)} ran")
+    if ran:
+        terminalreporter.write_line(f"tests on a real SLURM: {len(ran)} ran")
