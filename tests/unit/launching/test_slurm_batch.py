@@ -1,0 +1,58 @@
+"""What launch/slurm.sbatch does at the end of its step, under stand-ins for srun and scontrol: it asks SLURM the right thing, and says so."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT
+
+SRUN = 'exit "$CODE"\n'
+# It keeps the job's Comment in a file, and does not answer as often as the file `unanswered` says.
+SCONTROL = """cd "$(dirname "$0")"
+left=$(cat unanswered)
+if [ "$left" -gt 0 ]; then echo $((left - 1)) >unanswered; echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1; fi
+echo "$*" >>asked
+for word; do case $word in Comment=*) echo "${word#Comment=}" >comment ;; esac; done
+echo "JobId=7 JobState=$STATE Comment=$(cat comment) End"
+"""
+Batch = Callable[..., str]
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    """Runs the file once with these changes of the environment and srun's exit code; returns what it said."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "softmoe": "", "sleep": "echo sleep >>slept\n"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / name).chmod(0o755)
+    for name, text in {"unanswered": "0", "comment": "(null)", "asked": "", "environment.sh": ""}.items():
+        (tmp_path / name).write_text(text)
+
+    def run(code: int, **changes: str) -> str:
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_TASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
+        environ = {
+            **slurm,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CODE": str(code),
+            "STATE": "RUNNING",
+            **changes,
+        }
+        done = subprocess.run(
+            ["bash", ROOT / "launch" / "slurm.sbatch"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=60
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    return run
+
+
+def requeues(folder: Path) -> int:
+    return (folder / "asked").read_text().splitlines().count("requeue 7")
+
+
+def test_options_that_the_file_of_the_environment_sets_do_not_reach_the_requeue(batch: Batch, tmp_path: Path) -> None:
+    (tmp_path / "environment.sh").write_text("set -e -f -o noclobber\n")
+    assert "interrupted, and saved: requeued" in batch(75, SOFTMOE_ENV="environment.sh")
+    assert requeues(tmp_path) == 1
