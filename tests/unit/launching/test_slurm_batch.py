@@ -56,3 +56,30 @@ def test_options_that_the_file_of_the_environment_sets_do_not_reach_the_requeue(
     (tmp_path / "environment.sh").write_text("set -e -f -o noclobber\n")
     assert "interrupted, and saved: requeued" in batch(75, SOFTMOE_ENV="environment.sh")
     assert requeues(tmp_path) == 1
+
+
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(batch: Batch, tmp_path: Path) -> None:
+    (tmp_path / "unanswered").write_text("3")
+    assert "interrupted, and saved: requeued" in batch(75)
+    assert requeues(tmp_path) == 1 and len((tmp_path / "slept").read_text().split()) == 3
+
+
+@pytest.mark.parametrize("code", [75, 4, 1])
+def test_a_controller_that_never_answers_is_told_with_what_to_do(batch: Batch, tmp_path: Path, code: int) -> None:
+    (tmp_path / "unanswered").write_text("99")
+    said = batch(code, SOFTMOE_PATIENCE="0")
+    assert "not requeued, for SLURM does not answer; sbatch the same command to go on" in said
+    assert requeues(tmp_path) == 0
+
+
+def test_a_job_that_slurm_is_ending_is_left_at_that_and_it_is_said(batch: Batch, tmp_path: Path) -> None:
+    assert "interrupted, and saved; SLURM is ending the job (JobState=CANCELLED)" in batch(75, STATE="CANCELLED")
+    assert requeues(tmp_path) == 0
+
+
+def test_hangs_are_counted_beside_another_count_and_bounded(batch: Batch, tmp_path: Path) -> None:
+    (tmp_path / "comment").write_text("softmoe_stuck=2")
+    assert "hang number 1: requeued" in batch(4, SOFTMOE_HANGS="1")
+    assert (tmp_path / "comment").read_text() == "softmoe_stuck=2 softmoe_hangs=1\n"
+    assert "hang number 2 is one more than SOFTMOE_HANGS=1: not requeued" in batch(4, SOFTMOE_HANGS="1")
+    assert requeues(tmp_path) == 1
