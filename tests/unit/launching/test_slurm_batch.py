@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_train.launching.progress import NOTHING, SAVED
 from tests.runs import ROOT
 
-SRUN = 'exit "$CODE"\n'
+SRUN = 'printf %s "$TOLD" >"$SOFTMOE_PROGRESS"\nexit "$CODE"\n'
 # It keeps the job's Comment in a file, and does not answer as often as the file `unanswered` says.
 SCONTROL = """cd "$(dirname "$0")"
 left=$(cat unanswered)
@@ -82,4 +83,28 @@ def test_hangs_are_counted_beside_another_count_and_bounded(batch: Batch, tmp_pa
     assert "hang number 1: requeued" in batch(4, SOFTMOE_HANGS="1")
     assert (tmp_path / "comment").read_text() == "softmoe_stuck=2 softmoe_hangs=1\n"
     assert "hang number 2 is one more than SOFTMOE_HANGS=1: not requeued" in batch(4, SOFTMOE_HANGS="1")
+    assert requeues(tmp_path) == 1
+
+
+def test_a_run_that_never_completes_a_checkpoint_is_not_requeued_for_ever(batch: Batch, tmp_path: Path) -> None:
+    (tmp_path / "comment").write_text("softmoe_hangs=1")
+    batch(75, TOLD=NOTHING)
+    assert "no checkpoint was completed in 2 starts in a row; the third is the last: requeued" in batch(
+        75, TOLD=NOTHING
+    )
+    assert (tmp_path / "comment").read_text() == "softmoe_hangs=1 softmoe_stuck=2\n"
+    said = batch(75, TOLD=NOTHING)
+    assert "no checkpoint was completed in 3 starts in a row: not requeued" in said
+    assert all(remedy in said for remedy in ("checkpoint.grace=", "--signal=", "checkpoint.every"))
+    assert requeues(tmp_path) == 2
+    assert not list(tmp_path.glob(".softmoe*"))
+
+
+@pytest.mark.parametrize("told", [SAVED, ""])
+def test_a_run_that_gets_on_or_cannot_tell_is_requeued_and_the_count_begins_anew(
+    batch: Batch, tmp_path: Path, told: str
+) -> None:
+    (tmp_path / "comment").write_text("softmoe_stuck=2")
+    assert "interrupted, and saved: requeued" in batch(75, TOLD=told)
+    assert (tmp_path / "comment").read_text() == "softmoe_stuck=0\n"
     assert requeues(tmp_path) == 1
