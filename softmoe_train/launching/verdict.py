@@ -85,29 +85,45 @@ def _slow_pairs(speeds: Sequence[Speed], facts: Sequence[RankFacts]) -> list[str
             pairs[ends] = min(pair.speed, pairs.get(ends, pair.speed))
     found = []
     for between, pairs in kinds.items():
-        middle = median_high(pairs.values()) if pairs else 0.0
-        slow = {ends for ends, rate in pairs.items() if rate < SLOW_PAIR * middle}
+        shares = _of_median(pairs, None if between else hosts_of(facts).values())
+        slow = {ends for ends, share in shares.items() if share < SLOW_PAIR}
         of_rank: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for ends in pairs:
             for rank in ends:
                 of_rank[rank].append(ends)
         guilty = [rank for rank, ones in of_rank.items() if len(ones) > 1 and slow.issuperset(ones)]
-        where = "to other hosts" if between else "on its host"
+        where, like = ("to other hosts", "") if between else ("on its host", " at these places of the hosts")
         found += _first(
             [
-                f"{_who([rank], facts)} is slow {where}: {max(pairs[e] for e in of_rank[rank]) / middle:.2f} of the median with the "
-                f"best of its {len(of_rank[rank])} partners"
+                f"{_who([rank], facts)} is slow {where}: {max(shares[e] for e in of_rank[rank]):.2f} of the median{like} with the best "
+                f"of its {len(of_rank[rank])} partners"
                 for rank in sorted(guilty)
             ]
         )
         found += _first(
             [
-                f"the link of {_who([a], facts)} and {_who([b], facts)} is slow: {pairs[a, b] / middle:.2f} of the median"
+                f"the link of {_who([a], facts)} and {_who([b], facts)} is slow: {shares[a, b]:.2f} of the median{like}"
                 for a, b in sorted(slow)
                 if a not in guilty and b not in guilty
             ]
         )
     return found
+
+
+def _of_median(
+    pairs: Mapping[tuple[int, int], float], hosts: Iterable[Sequence[int]] | None
+) -> dict[tuple[int, int], float]:
+    """What share of the median of its like each pair has.
+
+    Inside `hosts` links may be of several kinds (NVLink, PCIe), so a pair's like are those at its places of other hosts: one host alone
+    accuses none of its links, and the table tells how far apart they are. Between hosts all are alike.
+    """
+    places = {rank: place for ranks in hosts or () for place, rank in enumerate(ranks)}
+    like: dict[tuple[int | None, int | None], list[float]] = defaultdict(list)
+    for (a, b), rate in pairs.items():
+        like[places.get(a), places.get(b)].append(rate)
+    middle = {where: median_high(rates) for where, rates in like.items()}
+    return {(a, b): rate / middle[places.get(a), places.get(b)] for (a, b), rate in pairs.items()}
 
 
 def hosts_of(facts: Iterable[RankFacts]) -> dict[str, list[int]]:

@@ -58,6 +58,17 @@ def test_a_slow_link_between_two_good_ranks_is_named_as_a_link() -> None:
     assert line.startswith("the link of rank 800 (node100) and rank 808 (node101) is slow: 0.20")
 
 
+@pytest.mark.parametrize("ranks", [ON_HOST, 64])
+def test_links_of_two_kinds_on_every_host_accuse_nobody_and_a_slow_one_is_still_named(ranks: int) -> None:
+    bridges = {frozenset({rank, rank + 1}): 1.0 if rank % 2 == 0 else 0.1 for rank in range(ranks - 1)}
+    between = {frozenset({rank, rank + 1}): 1.0 for rank in range(ON_HOST - 1, ranks - 1, ON_HOST)}
+    assert slow_ranks(speeds({}, bridges | between, ranks), facts(ranks)) == []
+    found = slow_ranks(speeds({}, bridges | between | {frozenset({1, 2}): 0.02}, ranks), facts(ranks))
+    assert [line.partition(":")[0] for line in found] == (
+        ["the link of rank 1 (node0) and rank 2 (node0) is slow"] if ranks > ON_HOST else []
+    )
+
+
 def test_every_rank_has_a_partner_at_most_once_a_round_and_rounds_do_not_grow_with_ranks() -> None:
     for size, on_host in ((2, 2), (3, 3), (7, 2), (16, 8), (4096, 8), (4096, 1)):
         rounds = partners(size, on_host)
