@@ -79,7 +79,8 @@ def per_second(work: Callable[[], object], device: torch.device) -> float:
 
 def _alone(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     n, count = MATRIX[device.type], COPIED_BYTES[device.type]
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # a preflight draws nothing from the run's
+    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=own) for _ in range(2))
     out = torch.empty_like(a)
     here, there = (torch.zeros(count, dtype=torch.uint8, device=device) for _ in range(2))
     rates = {
