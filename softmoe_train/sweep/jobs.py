@@ -86,6 +86,11 @@ class SlurmJobs:
         """What there is of a point: it is complete, its job is in the queue, or its last one is over."""
         label, job = point.label, queued.get(self._name(point))
         last = next((one for one in reversed(ledger.of(label, "started")) if "job" in one), None)
+        over = last is None or any(one.get("job") == last["job"] for one in ledger.of(label, "ended"))
+        if job is None and last is not None and not over:
+            number = str(last["job"])
+            if self._close(Job(point, number, 0), ledger) is None:
+                job = Queued(number, "PENDING", "")
         if job is not None:
             if last is None or last["job"] != job.number:  # a kill came before its submission was noted
                 ledger.start(point, job=job.number)
@@ -96,8 +101,6 @@ class SlurmJobs:
             self._active[label] = Job(point, job.number, step_of_run(point), job.waits)
             self._show.tell(f"{label}: {'waits' if job.waits else 'runs'} already as job {job.number}")
             return
-        if last is not None and all(one.get("job") != last["job"] for one in ledger.of(label, "ended")):
-            self._close(Job(point, str(last["job"]), 0), ledger)
         if is_complete(point.config):
             self._outcomes[label] = Outcome(point, "complete", None, "complete already")
         elif (failed := given_up(point, ledger, self._retries)) is not None:
@@ -138,9 +141,12 @@ class SlurmJobs:
                     self._show.tell(f"{label}: runs as job {job.number}")
                 job.waits = now.waits
                 continue
+            end = self._close(job, ledger)
+            if end is None:
+                continue
+            outcome, time_is_up = end
             del self._active[label]
             self._happened = time.monotonic()
-            outcome, time_is_up = self._close(job, ledger)
             failed_once = outcome.state == "failed" and outcome.code not in FOR_GOOD
             ran_out = time_is_up and step_of_run(job.point) > job.since
             if ran_out or (failed_once and given_up(job.point, ledger, self._retries) is None):
@@ -151,9 +157,11 @@ class SlurmJobs:
             see = "" if outcome.state == "complete" else f"; see {log_of(job.point)}"
             self._show.tell(f"{label}: {outcome.reason}{see}")
 
-    def _close(self, job: Job, ledger: Ledger) -> JobEnd:
-        """What became of a job that is over, noted in the ledger."""
+    def _close(self, job: Job, ledger: Ledger) -> JobEnd | None:
+        """What became of a job that has left the queue, noted in the ledger; None where SLURM says that it lives."""
         end = end_of(job.point, job.number, self._folder / FOLDER)
+        if end is None:
+            return None
         _, state, code, reason = end.outcome
         ledger.end(job.point, state, code=code, reason=reason, step=step_of_run(job.point), job=job.number)
         return end

@@ -32,7 +32,7 @@ def queue() -> dict[str, Queued]:
 
 
 def state_of(number: str) -> str | None:
-    """How SLURM says that a job ended (`TIMEOUT`, `CANCELLED` ...), while it remembers; None after that."""
+    """What SLURM says of a job (`RUNNING`, `TIMEOUT`, `CANCELLED` ...), while it remembers; None after that."""
     for words in (
         ("scontrol", "--oneliner", "show", "job", number),
         ("sacct", "--noheader", "--parsable2", "--format=State", "-j", number),
@@ -45,6 +45,16 @@ def state_of(number: str) -> str | None:
         if state:
             return state[0]
     return None
+
+
+def restarts_of(number: str) -> int | None:
+    """How often SLURM has started a job again, while it remembers; None after that."""
+    try:
+        said = _asked("scontrol", "--oneliner", "show", "job", number)
+    except QueueError:
+        return None
+    count = said.partition(" Restarts=")[2].split()[:1]
+    return int(count[0]) if count and count[0].isdecimal() else None
 
 
 def _asked(*words: str) -> str:
