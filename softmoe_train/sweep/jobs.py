@@ -44,7 +44,7 @@ class SlurmJobs:
 
     def __init__(self, verb: str, folder: Path, settings: dict[str, Any], retries: int, show: Show) -> None:
         self._verb = verb
-        self._folder = folder.absolute()
+        self._folder = folder.resolve()  # the same through every link
         self._settings = settings
         self._retries = retries
         self._show = show
@@ -82,10 +82,11 @@ class SlurmJobs:
             )
         return [self._outcomes[point.label] for point in points]
 
-    def _find(self, point: Point, queued: dict[str, Queued], ledger: Ledger, waiting: list[Point]) -> None:
+    def _find(self, point: Point, queued: list[Queued], ledger: Ledger, waiting: list[Point]) -> None:
         """What there is of a point: it is complete, its job is in the queue, or its last one is over."""
-        label, job = point.label, queued.get(self._name(point))
+        label = point.label
         last = next((one for one in reversed(ledger.of(label, "started")) if "job" in one), None)
+        job = self._queued(point, None if last is None else str(last["job"]), queued)
         over = last is None or any(one.get("job") == last["job"] for one in ledger.of(label, "ended"))
         if job is None and last is not None and not over:
             number = str(last["job"])
@@ -135,7 +136,7 @@ class SlurmJobs:
             return
         self._silent = ""
         for label, job in list(self._active.items()):
-            now = queued.get(self._name(job.point))
+            now = self._queued(job.point, job.number, queued)
             if now is not None:
                 if job.waits and not now.waits:
                     self._show.tell(f"{label}: runs as job {job.number}")
@@ -167,10 +168,20 @@ class SlurmJobs:
         return end
 
     def _name(self, point: Point) -> str:
-        """What its job is called: the same in every start of the sweep, and no other sweep's."""
         prefix = self._settings["name"]
         mine = "softmoe" if not prefix or str(prefix).startswith("${") else prefix
-        return f"{mine}-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:10]}-{point.label}"
+        return f"{mine}{self._end_of_name(point)}"
+
+    def _end_of_name(self, point: Point) -> str:
+        """How its job is called behind the name that the user may choose: the same in every start of the sweep, and no other sweep's."""
+        return f"-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:10]}-{point.label}"
+
+    def _queued(self, point: Point, number: str | None, queued: list[Queued]) -> Queued | None:
+        """Its job in the queue: the one of this number, or else any with its name."""
+        by_name = [job for job in queued if job.name.endswith(self._end_of_name(point))]
+        # With the label: on another cluster the same number is another job. Without the rest: the sweep's folder may have moved.
+        by_number = [job for job in queued if job.number == number and job.name.endswith(f"-{point.label}")]
+        return next(iter([*by_number, *by_name]), None)
 
     def _submitted(self, point: Point) -> SubmittedPoint:
         requeues = int(self._settings["max_num_timeout"] or 0)

@@ -24,11 +24,10 @@ class Queued(NamedTuple):
         return self.state in WAITING
 
 
-def queue() -> dict[str, Queued]:
-    """Our jobs that wait or run, by name; raises QueueError."""
+def queue() -> list[Queued]:
+    """Our jobs that wait or run; raises QueueError."""
     lines = _asked("squeue", "--me", "--noheader", "--format=%i|%T|%j").splitlines()
-    jobs = [Queued(*line.split("|", 2)) for line in lines if line.count("|") >= 2]
-    return {job.name: job for job in jobs}
+    return [Queued(*line.split("|", 2)) for line in lines if line.count("|") >= 2]
 
 
 def state_of(number: str) -> str | None:
