@@ -1,7 +1,9 @@
 """What a sweep makes of its jobs: how each ended, which plugins it takes, where pickles may lie."""
 
+import grp
 import json
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from softmoe_train.commands.elastic import check_train
 from softmoe_train.commands.train import compose_train
 from softmoe_train.config import ConfigError, compose, expand_sweep
 from softmoe_train.settings import RunConfig
-from softmoe_train.sweep import job_end, plugins, submitted
+from softmoe_train.sweep import job_end, plugins, submission, submitted
 from softmoe_train.sweep.drive import placed
 from softmoe_train.sweep.job_end import JobEnd, end_of
 from softmoe_train.sweep.plugins import keys_that_vary, plugin_problems
@@ -193,6 +195,39 @@ def test_pickles_are_kept_where_nobody_else_writes(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(ConfigError, match="it holds pickles"):
         keep_private(tmp_path / "link")
+
+
+def test_no_folder_above_the_pickles_lets_others_put_another_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    above = tmp_path / "above"
+    folder = above / "sweep" / ".submitit"
+    keep_private(folder)
+    for open_one in (above, folder.parent):
+        for mode, who in ((0o777, "everybody"), (0o770, f"group {above.stat().st_gid}"), (0o702, "everybody")):
+            monkeypatch.setattr(submission, "_own_group", lambda: None)
+            open_one.chmod(mode)
+            with pytest.raises(ConfigError, match=f"{open_one} has mode {mode:o}: {who} may put another folder"):
+                keep_private(folder)
+            open_one.chmod(mode | stat.S_ISVTX)
+            keep_private(folder)
+        open_one.chmod(0o770)
+        monkeypatch.setattr(submission, "_own_group", lambda: above.stat().st_gid)  # a private one, and umask 002
+        keep_private(folder)
+        open_one.chmod(0o700)
+    above.chmod(0o777)
+    (tmp_path / "link").symlink_to(folder.parent)
+    with pytest.raises(ConfigError, match=f"{above} has mode 777"):
+        keep_private(tmp_path / "link" / ".submitit")
+
+
+def test_a_group_is_ones_own_where_it_has_ones_name_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    user = pwd.struct_passwd(("ann", "x", 1000, 1001, "", "/", "/bin/sh"))
+    monkeypatch.setattr(submission.pwd, "getpwuid", lambda _: user)
+    for name, members, own in (("ann", [], 1001), ("ann", ["ann"], 1001), ("ann", ["bob"], None), ("users", [], None)):
+        group = grp.struct_group((name, "x", 1001, members))
+        monkeypatch.setattr(submission.grp, "getgrgid", lambda _, group=group: group)
+        assert submission._own_group() == own
 
 
 def test_what_is_no_launcher_or_is_not_installed_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
