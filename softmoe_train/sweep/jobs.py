@@ -44,7 +44,7 @@ class SlurmJobs:
 
     def __init__(self, verb: str, folder: Path, settings: dict[str, Any], retries: int, show: Show) -> None:
         self._verb = verb
-        self._folder = folder.absolute()
+        self._folder = folder.resolve()  # the same through every link
         self._settings = settings
         self._retries = retries
         self._show = show
@@ -82,10 +82,16 @@ class SlurmJobs:
             )
         return [self._outcomes[point.label] for point in points]
 
-    def _find(self, point: Point, queued: dict[str, Queued], ledger: Ledger, waiting: list[Point]) -> None:
+    def _find(self, point: Point, queued: list[Queued], ledger: Ledger, waiting: list[Point]) -> None:
         """What there is of a point: it is complete, its job is in the queue, or its last one is over."""
-        label, job = point.label, queued.get(self._name(point))
+        label = point.label
         last = next((one for one in reversed(ledger.of(label, "started")) if "job" in one), None)
+        job = self._queued(point, None if last is None else str(last["job"]), queued)
+        over = last is None or any(one.get("job") == last["job"] for one in ledger.of(label, "ended"))
+        if job is None and last is not None and not over:
+            number = str(last["job"])
+            if self._close(Job(point, number, 0), ledger) is None:
+                job = Queued(number, "PENDING", "")
         if job is not None:
             if last is None or last["job"] != job.number:  # a kill came before its submission was noted
                 ledger.start(point, job=job.number)
@@ -96,8 +102,6 @@ class SlurmJobs:
             self._active[label] = Job(point, job.number, step_of_run(point), job.waits)
             self._show.tell(f"{label}: {'waits' if job.waits else 'runs'} already as job {job.number}")
             return
-        if last is not None and all(one.get("job") != last["job"] for one in ledger.of(label, "ended")):
-            self._close(Job(point, str(last["job"]), 0), ledger)
         if is_complete(point.config):
             self._outcomes[label] = Outcome(point, "complete", None, "complete already")
         elif (failed := given_up(point, ledger, self._retries)) is not None:
@@ -132,15 +136,18 @@ class SlurmJobs:
             return
         self._silent = ""
         for label, job in list(self._active.items()):
-            now = queued.get(self._name(job.point))
+            now = self._queued(job.point, job.number, queued)
             if now is not None:
                 if job.waits and not now.waits:
                     self._show.tell(f"{label}: runs as job {job.number}")
                 job.waits = now.waits
                 continue
+            end = self._close(job, ledger)
+            if end is None:
+                continue
+            outcome, time_is_up = end
             del self._active[label]
             self._happened = time.monotonic()
-            outcome, time_is_up = self._close(job, ledger)
             failed_once = outcome.state == "failed" and outcome.code not in FOR_GOOD
             ran_out = time_is_up and step_of_run(job.point) > job.since
             if ran_out or (failed_once and given_up(job.point, ledger, self._retries) is None):
@@ -151,18 +158,30 @@ class SlurmJobs:
             see = "" if outcome.state == "complete" else f"; see {log_of(job.point)}"
             self._show.tell(f"{label}: {outcome.reason}{see}")
 
-    def _close(self, job: Job, ledger: Ledger) -> JobEnd:
-        """What became of a job that is over, noted in the ledger."""
+    def _close(self, job: Job, ledger: Ledger) -> JobEnd | None:
+        """What became of a job that has left the queue, noted in the ledger; None where SLURM says that it lives."""
         end = end_of(job.point, job.number, self._folder / FOLDER)
+        if end is None:
+            return None
         _, state, code, reason = end.outcome
         ledger.end(job.point, state, code=code, reason=reason, step=step_of_run(job.point), job=job.number)
         return end
 
     def _name(self, point: Point) -> str:
-        """What its job is called: the same in every start of the sweep, and no other sweep's."""
         prefix = self._settings["name"]
         mine = "softmoe" if not prefix or str(prefix).startswith("${") else prefix
-        return f"{mine}-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:10]}-{point.label}"
+        return f"{mine}{self._end_of_name(point)}"
+
+    def _end_of_name(self, point: Point) -> str:
+        """How its job is called behind the name that the user may choose: the same in every start of the sweep, and no other sweep's."""
+        return f"-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:10]}-{point.label}"
+
+    def _queued(self, point: Point, number: str | None, queued: list[Queued]) -> Queued | None:
+        """Its job in the queue: the one of this number, or else any with its name."""
+        by_name = [job for job in queued if job.name.endswith(self._end_of_name(point))]
+        # With the label: on another cluster the same number is another job. Without the rest: the sweep's folder may have moved.
+        by_number = [job for job in queued if job.number == number and job.name.endswith(f"-{point.label}")]
+        return next(iter([*by_number, *by_name]), None)
 
     def _submitted(self, point: Point) -> SubmittedPoint:
         requeues = int(self._settings["max_num_timeout"] or 0)

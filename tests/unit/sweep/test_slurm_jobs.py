@@ -1,0 +1,127 @@
+"""Points as jobs of a SLURM that is a few lines of this file: which are found again, what a refusal does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softmoe_train.config import ConfigError, compose
+from softmoe_train.settings import RunConfig
+from softmoe_train.sweep import job_end, jobs
+from softmoe_train.sweep.drive import exit_code
+from softmoe_train.sweep.jobs import SlurmJobs
+from softmoe_train.sweep.ledger import FILE, Ledger
+from softmoe_train.sweep.outcome import Outcome
+from softmoe_train.sweep.points import Point
+from softmoe_train.sweep.show import Show
+from softmoe_train.sweep.slurm_queue import Queued
+from softmoe_train.sweep.submitted import SubmittedPoint
+
+LOOKS = 2  # at the queue, in which a job is there
+
+
+class FakeSlurm:
+    """Takes jobs, shows each for some looks, and completes it; `refusals` is what it says to the next submissions instead."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, Queued] = {}
+        self.states: dict[str, str] = {}  # of jobs that are not shown
+        self.names: list[str] = []  # of all submissions that were tried
+        self.refusals: list[str] = []
+        self.takes_refused = False  # a socket that timed out, where the job went in all the same
+        self.looks: dict[str, int] = {}
+        self.complete: set[str] = set()  # run folders
+
+    def add(self, name: str, folder: str, number: str | None = None, looks: int = LOOKS) -> str:
+        number = number or str(100 + len(self.names))
+        self.there[number] = Queued(number, "RUNNING", name)
+        self.looks[number], self.states[number] = looks, folder
+        return number
+
+    def queue(self) -> list[Queued]:
+        for number in [number for number in self.there if not self.looks[number]]:
+            del self.there[number]
+            self.complete.add(self.states.pop(number))
+        self.looks = {number: looks - 1 for number, looks in self.looks.items()}
+        return list(self.there.values())
+
+    def submit(self, point: SubmittedPoint, name: str, folder: Path, settings: dict[str, Any]) -> str:
+        self.names.append(name)
+        if self.refusals:
+            if self.takes_refused:
+                self.add(name, point.folder)
+            raise ConfigError([f"SLURM does not take the job {name}: {self.refusals.pop(0)}"])
+        return self.add(name, point.folder)
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm()
+    monkeypatch.setattr(jobs, "queue", fake.queue)
+    monkeypatch.setattr(jobs, "submit", fake.submit)
+    monkeypatch.setattr(job_end, "state_of", lambda _: None)
+    monkeypatch.setattr(job_end, "restarts_of", lambda _: None)
+    for module in (jobs, job_end):
+        monkeypatch.setattr(module, "is_complete", lambda config: config.run_dir in fake.complete)
+    monkeypatch.setattr(jobs, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "CALM_SECONDS", 0.0)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return compose(RunConfig, ["recipe=debug"], lambda _: [])
+
+
+@pytest.fixture
+def points(config: RunConfig, tmp_path: Path) -> list[Point]:
+    made = []
+    for seed in range(2):
+        run = config.model_copy(update={"run_dir": str(tmp_path / "sweep" / f"seed={seed}"), "seed": seed})
+        made.append(Point(f"seed={seed}", [f"seed={seed}"], {"seed": str(seed)}, {}, run))
+    (tmp_path / "sweep").mkdir()
+    return made
+
+
+def start(points: list[Point], folder: Path, name: str | None = None, at_once: int = 8) -> list[Outcome]:
+    """One start of the sweep, reached as `folder`."""
+    settings = {"name": name, "array_parallelism": at_once, "max_num_timeout": 0}
+    return SlurmJobs("train", folder, settings, 0, Show()).run(points, Ledger(folder / FILE))
+
+
+def test_the_jobs_of_a_sweep_are_found_through_a_link_and_with_another_name(
+    points: list[Point], slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to("sweep")
+    assert exit_code(start(points, tmp_path / "sweep")) == 0
+    assert len(slurm.names) == 2
+    first, second = slurm.names
+    slurm.complete.clear()
+    (tmp_path / "sweep" / FILE).unlink()  # a kill came before the ledger could be told
+    for number, name, point in (("7", first, points[0]), ("8", second, points[1])):
+        slurm.add(name, str(point.folder), number)
+    assert exit_code(start(points, tmp_path / "link", name="mine")) == 0
+    assert len(slurm.names) == 2
+
+
+def test_a_job_is_found_by_the_number_in_the_ledger_where_its_name_is_of_another_folder(
+    points: list[Point], slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / "sweep" / FILE)
+    for number, point in zip(("7", "8"), points, strict=True):
+        ledger.start(point, job=number)
+    slurm.add("softmoe-0123456789-seed=0", str(points[0].folder), "7")
+    slurm.add("interactive", "/nowhere", "8")  # somebody else's by now
+    assert exit_code(start(points, tmp_path / "sweep")) == 0
+    assert [name.rpartition("-")[2] for name in slurm.names] == ["seed=1"]
+
+
+def test_a_job_that_slurm_has_but_does_not_show_is_waited_for(
+    points: list[Point], slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ledger(tmp_path / "sweep" / FILE).start(points[0], job="7")
+    states = ["PENDING", "RUNNING", "COMPLETING", "CANCELLED"]
+    monkeypatch.setattr(job_end, "state_of", lambda _: states.pop(0) if len(states) > 1 else states[0])
+    (outcome,) = start(points[:1], tmp_path / "sweep")
+    assert (outcome.state, slurm.names) == ("interrupted", [])
+    assert [one["job"] for one in Ledger(tmp_path / "sweep" / FILE).of("seed=0", "ended")] == ["7"]
