@@ -33,6 +33,7 @@ class Kind(NamedTuple):
     compose: Composing
     check: Callable[[RunConfig, World | None], list[str]]
     also: tuple[str, ...] = ()
+    outdated: str | None = None  # a file in the folder of a point that is of no run as soon as its point goes on
     world: World | None = None  # in which each point trains, elsewhere; None: this machine, as its settings say
 
     def problems(self, config: RunConfig) -> list[str]:
