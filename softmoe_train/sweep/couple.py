@@ -65,7 +65,7 @@ def coupled(settings: SweepConfig, config: RunConfig, base: Callable[[], RunConf
     """
     found, values = {}, flat(config.model_dump())
     if settings.fixed_slots is not False:
-        found[SLOTS] = _slots(settings.fixed_slots, config, base)
+        found[SLOTS] = values[SLOTS] = _slots(settings.fixed_slots, config, base)
     for key, expression in settings.couple.items():
         found[key] = _number(key, expression, values)
     words = [f"{key}={value}" for key, value in found.items()]

@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from hydra.core.override_parser.types import QuotedString, Quote
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from softmoe_train.config import ConfigError
 from softmoe_train.finetune import key_of

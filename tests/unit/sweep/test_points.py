@@ -115,7 +115,7 @@ def matched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
     os.chdir(folder)
     try:
         yield swept(f"{EXPERTS}=2,8", "seed=3", "sweep.fixed_slots=true", "checkpoint.folder=far",
-                    'sweep.couple={schedule.peak: "0.002 / seed * 3", steps: "10 * model.moe.num_experts"}')  # fmt: skip
+                    'sweep.couple={schedule.peak: "0.002 / seed * 3", steps: "10 * model.moe.num_experts", batch_size: "8 * model.moe.slots_per_expert"}')  # fmt: skip
     finally:
         os.chdir(before)
 
@@ -125,7 +125,19 @@ def test_slots_follow_from_each_number_of_experts(matched: Sweep) -> None:
     moes = [point.config.model.moe for point in matched.points]
     assert [(moe.num_experts, moe.slots_per_expert) for moe in moes] == [(2, 4), (8, 1)]
     assert [(point.config.schedule.peak, point.config.steps) for point in matched.points] == [(0.002, 20), (0.002, 80)]
-    assert matched.points[0].coupled == {SLOTS: "4", "schedule.peak": "0.002", "steps": "20"}
+    assert matched.points[0].coupled == {SLOTS: "4", "schedule.peak": "0.002", "steps": "20", "batch_size": "32"}
+
+
+def test_a_coupling_reads_the_slots_that_follow_from_the_experts(matched: Sweep) -> None:
+    assert [point.config.batch_size for point in matched.points] == [8 * 4, 8 * 1]
+
+
+def test_a_coupling_reads_what_every_point_is_given_beside_its_line_and_changes_none_of_it() -> None:
+    kind = Kind("train", compose_train, lambda *_: [], ("processes=2",))
+    made = make_sweep(kind, ["recipe=debug", "seed=1,2", 'sweep.couple={batch_size: "8 * processes"}'])
+    assert [point.config.batch_size for point in made.points] == [16, 16]
+    with pytest.raises(ConfigError, match="every point of this sweep has processes=2"):
+        make_sweep(kind, ["recipe=debug", "seed=1,2", 'sweep.couple={processes: "seed"}'])
 
 
 def test_each_point_has_folders_and_a_name_of_its_own_and_the_group_of_the_sweep(matched: Sweep) -> None:
