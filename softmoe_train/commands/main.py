@@ -1,6 +1,7 @@
 """This file owns the command line: `softmoe VERB [overrides]`."""
 
 import argparse
+import signal
 import sys
 
 import softmoe_train
@@ -111,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"softmoe {options.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # of a worker it ends elsewhere
+        print(f"softmoe {options.verb}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (RuntimeError, MemoryError) as error:
         said = no_memory(options.verb, error)
         if said is None:
