@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from softmoe_train.at_end import is_complete
 from softmoe_train.config import ConfigError
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.plain import plain
@@ -99,6 +100,8 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
             _tell_costs(sweep, ledger)
         for point in sweep.points:
             ledger.plan(point)
+            if sweep.kind.outdated is not None and not is_complete(point.config):
+                (point.folder / sweep.kind.outdated).unlink(missing_ok=True)
         return build_launcher(sweep).run(sweep.points, ledger)
 
 
