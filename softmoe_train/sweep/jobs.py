@@ -14,7 +14,6 @@ from typing import Any
 
 from softmoe_train.at_end import is_complete
 from softmoe_train.config import ConfigError
-from softmoe_train.faults.claim import owner
 from softmoe_train.faults.stop import ASKING
 from softmoe_train.sweep.job_end import JobEnd, end_of
 from softmoe_train.sweep.ledger import Ledger
@@ -52,7 +51,7 @@ class SlurmJobs:
         self._active: dict[str, Job] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._happened = time.monotonic()
-        self._silent = ""  # what SLURM last failed to answer
+        self._said: dict[str, str] = {}  # last, of a point, or of SLURM ("")
 
     def run(self, points: Sequence[Point], ledger: Ledger) -> list[Outcome]:
         """Have a job for each point that is not complete; the outcomes come in the order of the points."""
@@ -114,8 +113,12 @@ class SlurmJobs:
         for point in list(waiting):
             if self._asked is not None or len(self._active) >= int(self._settings["array_parallelism"]):
                 return
-            if (holder := owner(point.folder)) is not None:
-                self._say(f"{point.label}: in use by {holder}, so it waits for that to end")
+            if (holder := point.holder()) is not None:
+                self._say(f"{point.label}: in use by {holder}, so it waits for that to end", point.label)
+                continue
+            if is_complete(point.config):  # whoever held it
+                waiting.remove(point)
+                self._outcomes[point.label] = Outcome(point, "complete", None, "complete")
                 continue
             waiting.remove(point)
             since = step_of_run(point)
@@ -134,7 +137,7 @@ class SlurmJobs:
         except QueueError as error:
             self._say(f"SLURM does not answer, so nothing is known of the jobs: {error}")
             return
-        self._silent = ""
+        self._said.pop("", None)
         for label, job in list(self._active.items()):
             now = self._queued(job.point, job.number, queued)
             if now is not None:
@@ -205,11 +208,11 @@ class SlurmJobs:
         while self._asked is None and time.monotonic() < until:
             time.sleep(0.1)
 
-    def _say(self, text: str) -> None:
-        """Once, until something else is to be said."""
-        if text != self._silent:
+    def _say(self, text: str, about: str = "") -> None:
+        """Once, until something else is to be said about a point, or about SLURM."""
+        if self._said.get(about) != text:
             self._show.tell(text)
-        self._silent = text
+        self._said[about] = text
 
     @contextmanager
     def _hearing(self) -> Iterator[None]:
