@@ -15,7 +15,7 @@
 #     RESTARTS    lost workers and nodes that the job bears; 0: the first loss ends it (100)
 #     RENDEZVOUS  more of torchrun's --rdzv-conf, as keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30
 #     ADDRESS     of this node, where the others do not reach it by its host name
-#     GRACE       seconds to save after a signal, before workers are killed (30)
+#     GRACE       seconds to save after a signal, before workers are killed (130: more than checkpoint.grace=120 and 5)
 #
 # A lost worker or node costs the steps since the last checkpoint, and no hand: the others start again from there. Ctrl-C, SIGTERM or SIGUSR1 to
 # this process saves and ends the job on this node; where all nodes get it, the same line on all of them goes on later.
@@ -45,4 +45,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-
 exec torchrun --nnodes="$nodes" --nproc-per-node="${RANKS:-auto}" --max-restarts="${RESTARTS:-100}" \
     --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$job" ${RENDEZVOUS:+--rdzv-conf="$RENDEZVOUS"} \
     ${ADDRESS:+--local-addr="$ADDRESS"} --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-    --shutdown-timeout="${GRACE:-30}" --no-python softmoe train "$@"
+    --shutdown-timeout="${GRACE:-130}" --no-python softmoe train "$@"

@@ -15,7 +15,7 @@ import torch
 from softmoe_train.at_end import child_of, is_complete, measured, tell_results
 from softmoe_train.checkpoint import CheckpointError
 from softmoe_train.checkpoint.folder import step_of
-from softmoe_train.checkpoint.remote import url_of
+from softmoe_train.checkpoint.remote import Place, url_of
 from softmoe_train.checkpoint.saver import Saver
 from softmoe_train.checkpoint.store import CheckpointStore
 from softmoe_train.config import ConfigError
@@ -41,6 +41,7 @@ from softmoe_train.faults.claim import Claim, claim
 from softmoe_train.faults.hang import watched
 from softmoe_train.faults.stop import AgreedStop, agreed_stop
 from softmoe_train.launching.preflight import About, Preflight
+from softmoe_train.launching.progress import tell_progress
 from softmoe_train.launching.worker import HUNG, RESUME
 from softmoe_train.loop import Plan, TrainState, fit
 from softmoe_train.model.records import moe_blocks
@@ -139,7 +140,9 @@ def _train(
         for told in _left_out(config, world):
             log.message(told)
         tell(evaluators, log)
-        saver = _saver(config, state, store, log)
+        saver = _saver(config, state, store, log, main=world.main)
+        if world.main:
+            tell_progress(saved=False)
         with _stop(config, world, began) as stop:
             watch.begin(state)
             reason = "failed"
@@ -148,7 +151,7 @@ def _train(
                 while isinstance(ended := fit(state, plan, stream, evaluators, saver, log, stop), BadData):
                     saver.settle(None)
                     log = watch.log = _roll_back(ended, config, held, state, store, stream, log)
-                    saver = _saver(config, state, store, log)
+                    saver = _saver(config, state, store, log, main=world.main)
                 reason = ended
             except BaseException as error:
                 watch.wait_for_the_end()
@@ -293,13 +296,18 @@ def _store(config: RunConfig, world: World) -> CheckpointStore:
     )
 
 
-def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: SilentLog) -> Saver:
+def _saver(config: RunConfig, state: TrainState, store: CheckpointStore, log: SilentLog, *, main: bool) -> Saver:
+    def saved(folder: Place) -> None:
+        if main:
+            tell_progress(saved=True)
+        log.saved(step_of(folder), url_of(folder))
+
     saver = Saver(
         store,
         max_failures=config.checkpoint.max_failures,
         warn=lambda text: log.alert("checkpoints", text),
         best=state.best,
-        saved=lambda folder: log.saved(step_of(folder), url_of(folder)),
+        saved=saved,
     )
     if config.checkpoint.every and state.step < config.steps:
         store.prepare(state.engine.state_dict())

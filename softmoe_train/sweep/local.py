@@ -126,8 +126,10 @@ class LocalGrid:
             self._running.remove(child)
             self._room.give_back(point)
             outcome = ended(point, child.process.returncode)
-            if outcome.code == 2 and point.holder() is not None:
-                waiting.append(point)  # somebody was faster than we
+            if outcome.code == 2 and (holder := point.holder()) is not None:
+                why = f"in use by {holder}, which was faster"
+                ledger.end(point, "interrupted", code=outcome.code, reason=why, step=step_of_run(point))
+                waiting.append(point)
                 continue
             ledger.end(point, outcome.state, code=outcome.code, reason=outcome.reason, step=step_of_run(point))
             again = outcome.state == "failed" and outcome.code not in FOR_GOOD and self._asked is None
@@ -163,12 +165,14 @@ class LocalGrid:
         """Pass on what asks us to end, at every time: the second ends a run at once."""
 
         def hear(number: int, frame: object) -> None:
-            self._asked = signal.Signals(number)
+            # A run knows no closed terminal, and would be killed with us before it has saved.
+            self._asked = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
             for child in self._running:
                 with suppress(ProcessLookupError):
-                    child.process.send_signal(number)
+                    child.process.send_signal(self._asked)
 
-        before = {number: signal.signal(number, hear) for number in ASKING}
+        closed = (signal.SIGHUP,) * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # as nohup has it
+        before = {number: signal.signal(number, hear) for number in (*ASKING, *closed)}
         try:
             yield
         finally:
@@ -176,8 +180,8 @@ class LocalGrid:
                 signal.signal(number, handler)
 
     def _end_all(self) -> None:
-        """Where this process fails, its points end in good order before it."""
-        for child in self._running:
+        """Where this process fails, as without its terminal, its points end in good order before it."""
+        for child in self._running if self._asked is None else []:  # a second signal would end them at once
             with suppress(ProcessLookupError):
                 child.process.terminate()
         for child in self._running:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from softmoe_train.commands.train import EXIT_SECONDS
 from softmoe_train.config import compose
 from softmoe_train.settings import RunConfig
 from tests.nodes.agents import Agent
@@ -147,3 +148,15 @@ def test_the_launch_file_says_what_it_needs(words: list[str]) -> None:
     done = subprocess.run([ROOT / "launch" / "torchrun.sh", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "write launch/torchrun.sh HOST NODES key=value ..." in done.stderr
+
+
+def test_the_launch_file_leaves_a_save_the_time_that_the_run_gives_it(tmp_path: Path) -> None:
+    for name in ("torchrun", "softmoe"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    words = [ROOT / "launch" / "torchrun.sh", "node1", "2", "recipe=debug"]
+    done = subprocess.run(
+        words, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, check=True
+    )
+    (seconds,) = re.findall(r"--shutdown-timeout=(\d+)", done.stdout)
+    assert int(seconds) > compose(RunConfig, ["recipe=debug"], lambda _: []).checkpoint.grace + EXIT_SECONDS

@@ -22,6 +22,7 @@ from softmoe_train.config import compose
 from softmoe_train.dist import World, control_group
 from softmoe_train.faults.stop import AgreedStop
 from softmoe_train.launching.local import ONE_SIGNAL_SECONDS
+from softmoe_train.launching.progress import NOTHING, PROGRESS, SAVED
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
@@ -228,12 +229,18 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_save_that_does_not_end_in_its_grace_is_as_if_it_had_not_begun(tmp_path: Path) -> None:
+def test_a_save_that_does_not_end_in_its_grace_is_as_if_it_had_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROGRESS, str(tmp_path / "progress"))
     overrides = command(*RUN, "checkpoint.every=3", "checkpoint.grace=2")[3:]
     run = Started(tmp_path, [sys.executable, "-c", SLOW_DISK, *overrides], ranks=1)
     checkpoints = tmp_path / "runs/debug/checkpoints"
+    told = []
     while not (checkpoints / "step_00000006").exists():
         assert run.launcher.poll() is None
+        if (tmp_path / "progress").exists() and (word := (tmp_path / "progress").read_text()):
+            told.append(word)
         time.sleep(0.01)
     began = time.monotonic()
     at_the_terminal(run)
@@ -241,6 +248,9 @@ def test_a_save_that_does_not_end_in_its_grace_is_as_if_it_had_not_begun(tmp_pat
     assert 2 <= time.monotonic() - began < 20  # not the disk, which takes 60 s
     assert "2 s after SIGINT (checkpoint.grace)" in run.err
     assert [path.name for path in step_folders(checkpoints, complete=True)] == ["step_00000003"]
+    assert (
+        told[0] == NOTHING and (tmp_path / "progress").read_text() == SAVED
+    )  # a script that requeues may go on with it
 
 
 def answers(rank: int, world: int, asked: dict[int, dict[int, Any]]) -> list[str | None]:

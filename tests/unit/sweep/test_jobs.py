@@ -233,7 +233,7 @@ def test_a_group_is_ones_own_where_it_has_ones_name_and_nobody_else(monkeypatch:
 def test_what_is_no_launcher_or_is_not_installed_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin_problems("basic", "basic") == []
     (unknown,) = plugin_problems("submitit_local", "basic")
-    assert "a sweep takes basic or submitit_slurm; leave it out: the grid on this machine is that" in unknown
+    assert "a sweep takes basic or submitit_slurm; leave it out: the sweep then runs on this machine" in unknown
     monkeypatch.setattr(plugins.importlib.util, "find_spec", lambda _: None)
     slurm, optuna = plugin_problems("submitit_slurm", "optuna")
     assert slurm.startswith("hydra/launcher=submitit_slurm needs hydra-submitit-launcher; pip install")
