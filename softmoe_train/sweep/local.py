@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from softmoe_train.at_end import is_complete
-from softmoe_train.faults.claim import owner
 from softmoe_train.faults.stop import ASKING
 from softmoe_train.sweep.ledger import Ledger
 from softmoe_train.sweep.outcome import FOR_GOOD, Outcome, ended, given_up, log_of, step_of_run
@@ -127,7 +126,7 @@ class LocalGrid:
             self._running.remove(child)
             self._room.give_back(point)
             outcome = ended(point, child.process.returncode)
-            if outcome.code == 2 and (holder := owner(point.folder)) is not None:
+            if outcome.code == 2 and (holder := point.holder()) is not None:
                 why = f"in use by {holder}, which was faster"
                 ledger.end(point, "interrupted", code=outcome.code, reason=why, step=step_of_run(point))
                 waiting.append(point)
@@ -147,8 +146,7 @@ class LocalGrid:
         before, looked = self._held.get(point.label, ("", -CLAIM_SECONDS))
         if time.monotonic() - looked < CLAIM_SECONDS:
             return bool(before)
-        apart = point.config.claimed_apart
-        holder = owner(point.folder) or (owner(apart) if apart is not None else None) or ""
+        holder = point.holder() or ""
         if holder and holder != before:
             self._show.tell(f"{point.label}: in use by {holder}, so it waits for that to end")
         self._held[point.label] = (holder, time.monotonic())

@@ -58,6 +58,11 @@ class Point:
         """Its run folder."""
         return self.config.folder
 
+    def holder(self) -> str | None:
+        """Who writes in its folder, or in that of its checkpoints; None where nobody does."""
+        apart = self.config.claimed_apart
+        return owner(self.folder) or (owner(apart) if apart is not None else None)
+
     @property
     def digest(self) -> str:
         """Of all its settings but where they lie and what they are called."""
