@@ -14,6 +14,7 @@ from softmoe_train.config import ConfigError
 
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system says that has none
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Claim:
@@ -39,7 +40,7 @@ class Claim:
         except BlockingIOError:
             raise
         except OSError as error:
-            raise _not_to_be_held(self._folder, error) from error
+            raise _not_to_be_held(self._folder, error) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -81,7 +82,7 @@ def owner(folder: Path) -> str | None:
             except BlockingIOError:
                 return file.read() or "another process"
     except OSError as error:
-        raise _not_to_be_held(folder, error) from error
+        raise _not_to_be_held(folder, error) from None
     return None
 
 
@@ -92,7 +93,10 @@ def wait_until_free(folder: Path, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def _not_to_be_held(folder: Path, error: OSError) -> ConfigError:
+def _not_to_be_held(folder: Path, error: OSError) -> ConfigError | OSError:
+    """A user's mistake, where it is one: a full disk or a lost server is not."""
+    if error.errno not in (*WITHOUT_LOCKS, *NOT_OURS):
+        return error
     remedy = (
         "give it locks (NFS: mount it without nolock, its lock service running), or give a run_dir on another file system"
         if error.errno in WITHOUT_LOCKS

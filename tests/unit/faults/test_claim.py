@@ -133,6 +133,15 @@ def test_a_folder_that_cannot_be_locked_is_a_mistake_with_a_remedy(
         assert str(tmp_path) in told.value.problems[0] and said in told.value.problems[0]
 
 
+def test_a_lost_server_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("softmoe_train.faults.claim.fcntl.lockf", fail)
+    with pytest.raises(OSError, match="Input/output error"), claim(tmp_path):
+        pass
+
+
 def owner_seen_by_another(folder: Path) -> str | None:
     """A process is never refused its own record lock, so another must look."""
     look = "import sys; from pathlib import Path; from softmoe_train.faults.claim import owner; print(owner(Path(sys.argv[1])))"
