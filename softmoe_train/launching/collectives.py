@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softmoe_train.config import Record
+from softmoe_train.launching.speed import release
 
 CHECKED = (torch.float32, torch.bfloat16, torch.int64)
 TIMES = 5
 REDUCED_BYTES = {"cuda": 2**26, "cpu": 2**22}
+CHECKED_BYTES = 2**22  # of int64: the numbers that tell whether it is right need several times what is exchanged
 CHUNK = 8  # elements for each rank of an all-to-all that is only to be right
 EXACT = 251  # whole numbers below it are exact in every dtype
 Collective = Callable[[ProcessGroup, Tensor], Tensor]
@@ -41,6 +43,7 @@ def try_collectives(
     ]
     if slots_bytes and dist.get_world_size(expert_axis) > 1:
         found.append(_tried("all-to-all over the expert axis", expert_axis, all_to_all, device, slots_bytes, dtype))
+    release(device)
     return found
 
 
@@ -63,9 +66,10 @@ def _tried(
     ranks = dist.get_process_group_ranks(group)
     size, summed = len(ranks), collective is all_reduce
     elements = max(CHUNK, count // dtype.itemsize // size) * size
+    checking = max(CHUNK, min(count, CHECKED_BYTES) // torch.int64.itemsize // size) * size
     wrong: dict[str, list[int]] = {}
     for checked in dict.fromkeys((dtype, *CHECKED)):  # in one order on every rank
-        given, expected, source = _pattern(elements, dist.get_rank(group), size, summed, device)
+        given, expected, source = _pattern(checking, dist.get_rank(group), size, summed, device)
         got = collective(group, given.to(checked))
         off = source[got != expected.to(checked)].unique().tolist()
         if off:

@@ -19,6 +19,7 @@ from softmoe_train.dist import World
 WINDOWS, WINDOW_SECONDS = 5, 0.1
 MATRIX = {"cuda": 4096, "cpu": 384}  # rows and columns: on a CPU a few milliseconds
 COPIED_BYTES = {"cuda": 2**28, "cpu": 2**24}
+PINNED_BYTES = 2**25  # stay pinned for the life of the process, since torch keeps them
 PAIR_BYTES = {"cuda": 2**25, "cpu": 2**20}
 PAIR_TIMES = 4
 MIB = 2**20
@@ -41,7 +42,9 @@ class Speed(Record):
 
 def speed_of_rank(world: World, device: torch.device, dtype: torch.dtype, on_host: int) -> Speed:
     """Measure this rank alone and with its partners, `on_host` the ranks that a host has at most; collective."""
-    return Speed(rank=world.rank, alone=_alone(device, dtype), pairs=_pairs(world, device, on_host))
+    found = Speed(rank=world.rank, alone=_alone(device, dtype), pairs=_pairs(world, device, on_host))
+    release(device)
+    return found
 
 
 def partners(size: int, on_host: int) -> list[list[int | None]]:
@@ -84,8 +87,8 @@ def _alone(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         "copy": count * per_second(lambda: there.copy_(here), device),
     }
     if device.type == "cuda":
-        on_host = torch.zeros(count, dtype=torch.uint8, pin_memory=True)
-        rates["from the host"] = count * per_second(lambda: there.copy_(on_host, non_blocking=True), device)
+        on_host, there = torch.zeros(PINNED_BYTES, dtype=torch.uint8, pin_memory=True), there[:PINNED_BYTES]
+        rates["from the host"] = PINNED_BYTES * per_second(lambda: there.copy_(on_host, non_blocking=True), device)
     return rates
 
 
@@ -113,6 +116,12 @@ def swap(sent: Tensor, received: Tensor, partner: int) -> None:
     both = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
     for work in dist.batch_isend_irecv(both):
         work.wait()
+
+
+def release(device: torch.device) -> None:
+    """Give back what was measured with: torch would keep it, in blocks that may not be those the run needs."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _finish(device: torch.device) -> None:
