@@ -11,9 +11,11 @@ from torch.distributed import ProcessGroup
 
 from softmoe_train.config import Record
 from softmoe_train.launching.speed import release
+from softmoe_train.plain import plain, ranks_in_words
 
 CHECKED = (torch.float32, torch.bfloat16, torch.int64)
 TIMES = 5
+SAID = 120  # characters
 REDUCED_BYTES = {"cuda": 2**26, "cpu": 2**22}
 CHECKED_BYTES = 2**22  # of int64: the numbers that tell whether it is right need several times what is exchanged
 CHUNK = 8  # elements for each rank of an all-to-all that is only to be right
@@ -25,10 +27,12 @@ class Tried(Record):
     """What one rank found of one collective."""
 
     name: str
-    ranks: list[int]
+    first: int  # of its ranks: a list of them, from each of them, would be millions
+    last: int
+    ranks: int  # how many
     bytes: int  # given by each rank
     speed: float  # bytes a second that leave it, by the median
-    wrong: dict[str, list[int]]  # by dtype, the ranks whose part is not what it must be
+    wrong: dict[str, str]  # by dtype, the ranks whose part is not what it must be, in a few words
 
 
 def try_collectives(
@@ -67,17 +71,17 @@ def _tried(
     size, summed = len(ranks), collective is all_reduce
     elements = max(CHUNK, count // dtype.itemsize // size) * size
     checking = max(CHUNK, min(count, CHECKED_BYTES) // torch.int64.itemsize // size) * size
-    wrong: dict[str, list[int]] = {}
+    wrong: dict[str, str] = {}
     for checked in dict.fromkeys((dtype, *CHECKED)):  # in one order on every rank
         given, expected, source = _pattern(checking, dist.get_rank(group), size, summed, device)
         got = collective(group, given.to(checked))
         off = source[got != expected.to(checked)].unique().tolist()
         if off:
-            wrong[str(checked).removeprefix("torch.")] = [ranks[rank] for rank in off]
+            wrong[str(checked).removeprefix("torch.")] = plain(ranks_in_words(ranks[rank] for rank in off), SAID)
     handed = elements * dtype.itemsize
     leaving = handed * (size - 1) / size * (2 if summed else 1)
     speed = leaving / _seconds(group, collective, torch.zeros(elements, dtype=dtype, device=device))
-    return Tried(name=name, ranks=ranks, bytes=handed, speed=speed, wrong=wrong)
+    return Tried(name=name, first=ranks[0], last=ranks[-1], ranks=size, bytes=handed, speed=speed, wrong=wrong)
 
 
 def _pattern(elements: int, me: int, size: int, summed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ FILE = "preflight.json"  # of the run folder
 MOST_HOSTS = 16  # in the table
 SHOWN = ("python", "torch", "CUDA", "NCCL", "softmoe_train")
 R = TypeVar("R", bound=Record)
+V = TypeVar("V")
 
 
 class PreflightError(ConfigError):
@@ -35,6 +36,13 @@ class PreflightError(ConfigError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__(problems)
         self.args = ("preflight refuses this run, no step was made:\n" + "\n".join(f"  - {p}" for p in self.problems),)
+
+
+class Measured(Record):
+    """What one rank measured and tried."""
+
+    speed: Speed
+    tried: list[Tried]
 
 
 class About(NamedTuple):
@@ -57,26 +65,26 @@ class Preflight:
         self._world, self._device, self._about = world, device, about
         self._began = time.perf_counter()
         settings = xxhash.xxh3_64_hexdigest(json.dumps(about.settings, sort_keys=True, default=str).encode())
-        self.facts = _gathered(RankFacts, facts_of_rank(world, device, about.folder, settings))
-        self._refuse(self._differing_settings() + verdict.refusals(self.facts))
+        self._facts = _gathered(RankFacts, facts_of_rank(world, device, about.folder, settings))  # rank 0 has them
+        self._refuse(self._differing_settings() + verdict.refusals(self._facts))
 
     def measure(self, expert_axis: ProcessGroup, slots_bytes: int) -> None:
         """Measure and try all, with `slots_bytes` of a rank over the expert axis; rank 0 tells and keeps it.
 
         Raises PreflightError on every rank where a collective gave a wrong result.
         """
-        about, on_host = self._about, max(map(len, verdict.hosts_of(self.facts).values()))
-        speeds = _gathered(Speed, speed_of_rank(self._world, self._device, about.dtype, on_host))
-        ours = try_collectives(self._device, expert_axis, slots_bytes, about.dtype)
-        tried: list[list[Tried]] = [
-            [Tried.model_validate_json(json.dumps(one)) for one in json.loads(text)]
-            for text in _texts(json.dumps([one.model_dump() for one in ours]))
-        ]
-        warnings = verdict.slow_ranks(speeds, self.facts)
-        warnings += verdict.warnings(self.facts, fsdp=about.fsdp, workers=about.workers)
+        about, hosts = self._about, verdict.hosts_of(self._facts)
+        on_host = _of_first(max(map(len, hosts.values()), default=0))
+        speed = speed_of_rank(self._world, self._device, about.dtype, on_host)
+        tried = try_collectives(self._device, expert_axis, slots_bytes, about.dtype)
+        measured = _gathered(Measured, Measured(speed=speed, tried=tried))
+        warnings, problems = [], []
         if self._world.main:
-            print("\n".join(_table(self.facts, speeds, tried)), flush=True)
-        self._refuse(verdict.wrong_results(tried), warnings, speeds, tried)
+            warnings = verdict.slow_ranks([one.speed for one in measured], self._facts)
+            warnings += verdict.warnings(self._facts, fsdp=about.fsdp, workers=about.workers)
+            problems = verdict.wrong_results([one.tried for one in measured])
+            print("\n".join(_table(self._facts, measured)), flush=True)
+        self._refuse(problems, warnings, measured)
         if self._world.main:
             seconds = time.perf_counter() - self._began
             ending = (
@@ -93,55 +101,63 @@ class Preflight:
 
     def _differing_settings(self) -> list[str]:
         """Which settings not all ranks have alike; hashes are compared first, since a thousand ranks have many settings."""
-        if len({facts.settings for facts in self.facts}) == 1:
+        if not _of_first(len({facts.settings for facts in self._facts}) > 1):
             return []
         own = {key: str(value) for key, value in flat(dict(self._about.settings)).items()}
         texts = _texts(json.dumps(own))
-        return verdict.differing(dict(enumerate(map(json.loads, texts))), self.facts, verdict.ALIKE)
+        return verdict.differing(dict(enumerate(map(json.loads, texts))), self._facts, verdict.ALIKE)
 
-    def _refuse(
-        self,
-        problems: list[str],
-        warnings: Sequence[str] = (),
-        speeds: Sequence[Speed] = (),
-        tried: Sequence[Sequence[Tried]] = (),
-    ) -> None:
-        """Keep what was found, and raise where something refuses the run."""
+    def _refuse(self, problems: list[str], warnings: Sequence[str] = (), measured: Sequence[Measured] = ()) -> None:
+        """Keep what was found, and raise on every rank where rank 0 knows of problems."""
         if self._world.main:
-            document = {
+            head = {
                 "refused": problems,
                 "warnings": list(warnings),
                 "seconds": round(time.perf_counter() - self._began, 3),
-                "ranks": [
-                    {
-                        **facts.model_dump(exclude={"clock"}),
-                        "clock": clock_of(facts, self.facts[0]).model_dump(),
-                        **(speeds[facts.rank].model_dump(exclude={"rank"}) if speeds else {}),
-                        "collectives": [one.model_dump() for one in tried[facts.rank]] if tried else [],
-                    }
-                    for facts in self.facts
-                ],
             }
             self._about.folder.mkdir(parents=True, exist_ok=True)
-            replace_text(self._about.folder / FILE, json.dumps(document, indent=1) + "\n")
-        if problems:
+            replace_text(self._about.folder / FILE, document(head, self._facts, measured))
+        if problems := _of_first(problems):
             raise PreflightError(problems)
 
 
+def document(head: Mapping[str, Any], facts: Sequence[RankFacts], measured: Sequence[Measured]) -> str:
+    """The JSON that is kept: `head`, and a line for each rank."""
+    ranks = [
+        {
+            **one.model_dump(exclude={"clock"}),
+            "clock": clock_of(one, facts[0]).model_dump(),
+            **(measured[one.rank].speed.model_dump(exclude={"rank"}) if measured else {}),
+            "collectives": measured[one.rank].model_dump()["tried"] if measured else [],
+        }
+        for one in facts
+    ]
+    lines = ",\n  ".join(map(json.dumps, ranks))
+    return f'{json.dumps(head, indent=1)[:-2]},\n "ranks": [\n  {lines}\n ]\n}}\n'
+
+
 def _gathered(record: type[R], own: R) -> list[R]:
-    """That of every rank, by rank."""
+    """That of every rank, by rank, on rank 0; nothing on others, which would read it a thousand times."""
     return [record.model_validate_json(text) for text in _texts(own.model_dump_json())]
 
 
 def _texts(own: str) -> list[str]:
-    texts = [""] * dist.get_world_size()
-    dist.all_gather_object(texts, own)
-    return texts
+    texts = [""] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, texts, dst=0)
+    return texts or []
 
 
-def _table(facts: Sequence[RankFacts], speeds: Sequence[Speed], tried: Sequence[Sequence[Tried]]) -> list[str]:
+def _of_first(value: V) -> V:
+    """What rank 0 has of it."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _table(facts: Sequence[RankFacts], measured: Sequence[Measured]) -> list[str]:
     """What a person reads: a line a host, and one for each collective."""
     hosts, first = verdict.hosts_of(facts), facts[0]
+    speeds, tried = [one.speed for one in measured], [one.tried for one in measured]
     told = ", ".join(f"{name} {first.versions[name]}" for name in SHOWN if name in first.versions)
     lines = [f"preflight: {_count(len(facts), 'rank')} on {_count(len(hosts), 'host')}; {told}"]
     for host, ranks in list(hosts.items())[:MOST_HOSTS]:
@@ -156,7 +172,7 @@ def _table(facts: Sequence[RankFacts], speeds: Sequence[Speed], tried: Sequence[
         lines.append(f"  and {len(hosts) - MOST_HOSTS} more hosts")
     for place, one in enumerate(tried[0]):
         slowest = min(tried, key=lambda ones: ones[place].speed)[place]
-        where = f", slowest group {slowest.ranks[0]}-{slowest.ranks[-1]}" if len(one.ranks) < len(facts) else ""
+        where = f", slowest group {slowest.first}-{slowest.last}" if one.ranks < len(facts) else ""
         lines.append(f"  {one.name}: {one.bytes / 2**20:.2f} MiB a rank, {slowest.speed / 2**20:,.0f} MiB/s{where}")
     return lines
 

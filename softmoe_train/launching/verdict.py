@@ -31,9 +31,9 @@ def wrong_results(tried: Sequence[Sequence[Tried]]) -> list[str]:
     found = []
     for rank, ones in enumerate(tried):
         for one in ones:
-            for dtype, sources in one.wrong.items():
+            for dtype, whose in one.wrong.items():
                 found.append(
-                    f"{one.name} ({dtype}): rank {rank} got wrong values in the part of {ranks_in_words(sources)}; do not train on it: "
+                    f"{one.name} ({dtype}): rank {rank} got wrong values in the part of {whose}; do not train on it: "
                     f"look at the hosts, the driver and the network of these ranks"
                 )
     return _first(found)
