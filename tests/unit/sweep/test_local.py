@@ -128,6 +128,12 @@ def test_a_flaky_point_is_complete_in_the_end(points: Callable[..., list[Point]]
     assert outcomes[0].state == "complete" and events(ledger, "seed=0") == ["started", "failed", "started", "complete"]
 
 
+def test_a_point_that_is_asked_to_end_as_it_completes_is_complete(points: Callable[..., list[Point]]) -> None:
+    (outcome,), ledger = run(points(1), COMPLETE + "sys.exit(143)")
+    assert outcome.state == "complete" and exit_code([outcome]) == 0
+    assert events(ledger, "seed=0") == ["started", "complete"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_goes_on_to_what_runs_and_nothing_more_is_started(
     points: Callable[..., list[Point]], number: int
