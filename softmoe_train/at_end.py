@@ -101,7 +101,21 @@ def folder_of(config: RunConfig, name: str) -> Path:
 
 
 def is_complete(run: RunConfig) -> bool:
-    """Whether its folder holds this very run, come to its end: these settings, these training shards, this many steps."""
+    """Whether its folder holds this very run, come to its end: these settings, these training shards, this many steps; and its fine-tunings."""
+    if not _is_complete(run) or not all(_has_ended(folder_of(run, name)) for name in run.finetune):
+        return False
+    try:
+        return all(map(_is_complete, children_of(run).values()))
+    except ConfigError:  # told by those who check them
+        return False
+
+
+def _has_ended(folder: Path) -> bool:
+    """What can be told without composing a fine-tuning, which takes a second."""
+    return _summary_in(folder).get("ended") == "complete"
+
+
+def _is_complete(run: RunConfig) -> bool:
     summary = summary_of(run)
     if summary.get("ended") != "complete" or summary.get("steps") != run.steps:
         return False
@@ -139,8 +153,12 @@ def tell_results(config: RunConfig, values: Mapping[str, float], log: SilentLog)
 
 def summary_of(config: RunConfig) -> dict[str, Any]:
     """The summary in its run folder, empty where there is none."""
+    return _summary_in(config.folder)
+
+
+def _summary_in(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((config.folder / "summary.json").read_text())
+        return json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return {}
 

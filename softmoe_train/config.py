@@ -32,6 +32,7 @@ class Record(BaseModel):
 
 R = TypeVar("R", bound=Record)
 NO_FILE = "no such file under conf/"
+SEVERAL = "several values are a sweep, `softmoe train -m ...`; give one, or write a list as [2,4]"
 # Mappings whose keys are a user's own names.
 OPEN = re.compile(r"(evals\.\w+\.sets|finetune)[.=]")
 HYDRA = re.compile(r"[+~]*hydra[./=]")
@@ -114,8 +115,7 @@ def compose_own(record: type[R], file: str, overrides: list[str]) -> tuple[R | N
     """
     tree, problems = load_yaml(config_folder() / file), []
     for override in overrides:
-        override = _quoted(override)
-        parsed = _parsed(override)
+        parsed = _parsed(override := _quoted(override))
         key = override.partition("=")[0]
         if key not in tree:
             problems.append(_no_such_key(override, key, list(tree), f"it has {', '.join(tree)}"))
@@ -235,7 +235,7 @@ def _laid_onto(tree: Tree, override: str) -> list[str]:
     if parsed is None:
         return [_override_wording(override, ValueError(), [])]
     if parsed.is_sweep_override():
-        return [f"{override}: several values are for `softmoe train -m`; give one (or quote it)"]
+        return [f"{override}: {SEVERAL}"]
     *above, last = path = (parsed.package or parsed.key_or_group).split(".")
     if _chooses_group(override):
         composed, problems = _compose_tree([override])
@@ -338,7 +338,7 @@ def _override_wording(override: str, error: Exception, chosen: list[str]) -> str
         key = max(parsed.key_or_group, named.group(1) if named else "", key=len)
         groups = [folder.name for folder in config_folder().iterdir() if folder.is_dir()]
         return _no_such_key(override, key, [*groups, *_leaves(_resolved(chosen))])
-    return f"{override}: {_first_line(error)}"
+    return f"{override}: {SEVERAL if parsed.is_sweep_override() else _first_line(error)}"
 
 
 def _no_such_key(

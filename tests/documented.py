@@ -65,11 +65,11 @@ def added(words: list[str]) -> list[str]:
             f"run_dir=runs/small-{zlib.crc32(rest.encode())}"
         ]
         fewshot = (
-            ["evals.fewshot.shots=[1,10]", "evals.fewshot.every=4", "evals.knn.every=4", "evals.probe.every=4"]
+            ["evals.fewshot.shots=[1,10]", "evals.fewshot.every=2", "evals.knn.every=2", "evals.probe.every=2"]
             if "fewshot" in rest
             else []
         )
-        return [*shrunk, *steps, *own, *fewshot, "checkpoint.every=4", "data.workers=0"]
+        return [*shrunk, *steps, *own, *fewshot, "checkpoint.every=2", "data.workers=0"]
     if words[:2] == ["softmoe", "bench"]:
         sizes = {"layer": ["images=1", "cases=4x1"], "infer": ["images=1"], "stream": ["data.workers=1"]}
         return ["rounds=1", "warmup=0", *sizes.get(words[2], [])]
@@ -83,7 +83,7 @@ def prepare(folder: Path) -> None:
         label = folder / "pictures" / f"digit_{digits.target[number]}"
         label.mkdir(parents=True, exist_ok=True)
         pixels = np.repeat(digits.images[number].astype(np.uint8) * 15, 4, axis=0).repeat(4, axis=1)
-        Image.fromarray(pixels).save(label / f"{number:03}.png")
+        Image.fromarray(pixels).save(label / f"{number:03}.jpg")
     quiet = io.StringIO()
     for name in ("cifar10", "photos", "pets"):
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):

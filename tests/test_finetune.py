@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from softmoe_train.at_end import at_end_problems, is_complete
+from softmoe_train.at_end import at_end_problems, children_of, is_complete
 from softmoe_train.commands.finetune import finetune
 from softmoe_train.commands.main import main
 from softmoe_train.config import ConfigError, compose, config_folder, save_yaml
@@ -192,6 +192,25 @@ def test_a_fine_tuning_at_the_end_goes_on_where_it_was_interrupted_and_is_told_b
     lines = (tmp_path / "two" / "metrics.jsonl").read_text()
     assert train(run_of(*words("two")), ALONE) == "complete"
     assert (tmp_path / "two" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_is_complete_when_its_fine_tunings_are(tmp_path: Path) -> None:
+    words = ["recipe=debug", f"run_dir={tmp_path}", "finetune.pets.recipe=finetune/pets"]
+    run = compose(RunConfig, [*words, 'finetune.pets.overrides=["data.train=a.tar"]'], lambda _: [])
+
+    def end(one: RunConfig, steps: int) -> None:
+        one.folder.mkdir(parents=True, exist_ok=True)
+        save_yaml(one.as_saved(), one.folder / "config.yaml")
+        (one.folder / "summary.json").write_text(json.dumps({"ended": "complete", "steps": steps}))
+
+    end(run, run.steps)
+    point = Point("one", [], {}, {}, run)
+    assert not is_complete(run) and ended(point, 75).state == "interrupted" and ended(point, 0).state == "stopped"
+    (child,) = children_of(run).values()
+    end(child, child.steps - 1)
+    assert not is_complete(run)
+    end(child, child.steps)
+    assert is_complete(run) and ended(point, 0).state == "complete"
 
 
 def test_a_mistake_in_a_fine_tuning_at_the_end_is_told_before_the_run_starts() -> None:

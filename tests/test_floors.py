@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "softmoe_train"
 FLOORS = {
-    "config": -1, "dist": -1, "redact": -1, "plain": -1, "stores": -1,
+    "config": -1, "cores": -1, "dist": -1, "redact": -1, "plain": -1, "stores": -1,
     "model": 0, "data": 0, "optim": 0, "observe": 0, "drawing": 0,
     "parallel": 1, "faults": 1, "launching": 1, "shards": 1,
     "engine": 2, "checkpoint": 2,

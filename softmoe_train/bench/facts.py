@@ -1,7 +1,6 @@
 """This file owns what a measurement says about itself: machine, versions, command; and its JSON for programs."""
 
 import json
-import os
 import platform
 import shlex
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 import softmoe_train
+from softmoe_train.cores import usable_cores
 
 
 def facts_of(device: torch.device, arguments: list[str], processes: int) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def facts_of(device: torch.device, arguments: list[str], processes: int) -> dict
         "python": platform.python_version(),
         "device": device.type,
         "device_name": device_name(device),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": usable_cores(),
         "threads": torch.get_num_threads(),
         "processes": processes,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -43,14 +43,12 @@ def choose(overrides: list[str]) -> int:
     """
     refuse_launcher("finetune")
     check = lambda c, world: check_train(c, world) + _held_out_problems(c)  # noqa: E731
-    made = make_sweep(Kind("finetune", compose_finetune, check, ("evals.finetune.test=false",)), overrides)
+    kind = Kind("finetune", compose_finetune, check, ("evals.finetune.test=false",), outdated=TEST_FILE)
+    made = make_sweep(kind, overrides)
     if metric_of(made.measure) != HELD_OUT:
         raise ConfigError(
             [f"sweep.measure={made.measure}: a fine-tuning is chosen by the highest {HELD_OUT}; leave it out"]
         )
-    for point in made.points:
-        if metrics(point) is None:
-            (point.folder / TEST_FILE).unlink(missing_ok=True)
     outcomes = run_sweep(made)
     if not outcomes or not all(one.state in ("complete", "failed") for one in outcomes):
         tell_end(made, outcomes)

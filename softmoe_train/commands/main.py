@@ -1,6 +1,7 @@
 """This file owns the command line: `softmoe VERB [overrides]`."""
 
 import argparse
+import signal
 import sys
 
 import softmoe_train
@@ -17,6 +18,7 @@ from softmoe_train.commands.shards import TASKS, shards
 from softmoe_train.commands.sweep import sweep
 from softmoe_train.commands.train import train
 from softmoe_train.config import ConfigError
+from softmoe_train.cores import limit_threads
 
 EPILOG = """overrides are Hydra's: key=value, e.g. recipe=quickstart processes=2 run_dir=runs/mine
 `softmoe train recipe=debug` needs no data; `softmoe train --cfg job` prints every key with its value"""
@@ -81,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     4 one that hung, 75 a run that was asked to end and is to be resumed, 128 + n ended by signal n.
     """
     options = _parser().parse_args(arguments)
+    limit_threads()
     try:
         match options.verb:
             case "bench":
@@ -111,6 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"softmoe {options.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # of a worker it ends elsewhere
+        print(f"softmoe {options.verb}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (RuntimeError, MemoryError) as error:
         said = no_memory(options.verb, error)
         if said is None:

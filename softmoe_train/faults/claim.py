@@ -1,5 +1,6 @@
 """This file owns the claim on a run folder: one run at a time writes there."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -9,7 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from softmoe_train.config import ConfigError
+
 LOCK = ".lock"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system says that has none
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Claim:
@@ -23,14 +28,19 @@ class Claim:
         """Hold the folder, made where it is not there; again where it was deleted under us, and nothing where we hold it still.
 
         A record lock, not flock(): decode workers would inherit that, and hold it for seconds after a killed rank.
-        Raises BlockingIOError that names the owner if another process holds it.
+        Raises BlockingIOError that names the owner if another process holds it, ConfigError where it cannot be held.
         """
         if self._holds():
             return
         self.release()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self._folder / LOCK).open("a+")
-        _lock(self._file, self._folder)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / LOCK).open("a+")
+            _lock(self._file, self._folder)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise _not_to_be_held(self._folder, error) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -62,14 +72,17 @@ def claim(folder: Path) -> Iterator[Claim]:
 
 
 def owner(folder: Path) -> str | None:
-    """Who holds `folder`, or None; leaves no trace."""
-    if not (folder / LOCK).is_file():
-        return None
-    with (folder / LOCK).open("r") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read() or "another process"
+    """Who holds `folder`, or None; leaves no trace. Raises ConfigError where that cannot be told."""
+    try:
+        if not (folder / LOCK).is_file():
+            return None
+        with (folder / LOCK).open("r") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read() or "another process"
+    except OSError as error:
+        raise _not_to_be_held(folder, error) from None
     return None
 
 
@@ -78,6 +91,20 @@ def wait_until_free(folder: Path, seconds: float) -> None:
     until = time.monotonic() + seconds
     while owner(folder) is not None and time.monotonic() < until:
         time.sleep(0.2)
+
+
+def _not_to_be_held(folder: Path, error: OSError) -> ConfigError | OSError:
+    """A user's mistake, where it is one: a full disk or a lost server is not."""
+    if error.errno not in (*WITHOUT_LOCKS, *NOT_OURS):
+        return error
+    remedy = (
+        "give it locks (NFS: mount it without nolock, its lock service running), or give a run_dir on another file system"
+        if error.errno in WITHOUT_LOCKS
+        else "it may be another user's; give a run_dir that you may write to"
+    )
+    return ConfigError(
+        [f"{folder} cannot be held by one run at a time, since {LOCK} in it gives {error.strerror or error}; {remedy}"]
+    )
 
 
 def _lock(file: IO[str], folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch.cuda import nccl
 
 import softmoe_train
 from softmoe_train.config import Record
+from softmoe_train.cores import cores_of_host, usable_cores
 from softmoe_train.dist import World
 from softmoe_train.observe.code_version import code_version
 
@@ -50,7 +51,7 @@ class RankFacts(Record):
     others: dict[str, str]
     environment: dict[str, str]  # what sets the behaviour of the libraries below us
     free_bytes: dict[str, int]  # device, run folder, shared memory
-    cores: tuple[int, int]  # that this process may use, that its host has
+    cores: tuple[int, int]  # that this process may use, that its host or container has
     threads: int
     files: int  # that it may have open
     clock: tuple[float, ...]  # of each round, when it began and when it ended
@@ -70,7 +71,7 @@ def facts_of_rank(world: World, device: torch.device, folder: Path, settings: st
         others=others,
         environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(SETS_BEHAVIOUR)},
         free_bytes=_room(device, folder),
-        cores=(len(os.sched_getaffinity(0)), os.cpu_count() or 1),
+        cores=(usable_cores(), cores_of_host()),
         threads=torch.get_num_threads(),
         files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         clock=_read_clock(),

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from softmoe_train.cores import usable_cores
 from softmoe_train.launching.worker import HUNG, LAUNCHER, RESUME
 
 # A refused setting, a run that stopped itself, one that hung, one that was asked to end: every rank ends so, and one has said why.
@@ -156,8 +157,7 @@ def own_signals() -> Iterator[None]:
 def worker_environment(processes: int) -> Iterator[None]:
     """The variables that workers inherit from us; ours, and those the agent adds, are taken back afterwards."""
     before = dict(os.environ)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     os.environ[LAUNCHER] = str(os.getpid())
     try:
         yield

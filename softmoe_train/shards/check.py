@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from softmoe_train.cores import usable_cores
 from softmoe_train.data import WebDatasetConfig, check_streams
 from softmoe_train.data.index import Shard, samples_of
 from softmoe_train.data.labels import build_labels, kept_numbers
@@ -15,7 +16,7 @@ from softmoe_train.data.published import INDEX, MAX_INDEX, parse_index
 from softmoe_train.data.sources import training_specs
 from softmoe_train.shards.examine import Examine, Examined, Task
 from softmoe_train.shards.findings import Finding, Tally
-from softmoe_train.shards.processes import cores, in_processes
+from softmoe_train.shards.processes import in_processes
 from softmoe_train.shards.progress import shown_progress
 from softmoe_train.shards.settings import CheckSettings, local_shards
 from softmoe_train.shards.spread import Spread
@@ -78,7 +79,7 @@ def check_shards(settings: CheckSettings, data: WebDatasetConfig, *, num_classes
     kept = None if labels is None else kept_numbers(data, labels.names)
     examine = Examine(labels, None if kept is None else set(kept), data.keep.keys, data.max_pixels)
     splits = {split: Whole() for split in specs}
-    results = in_processes(examine, tasks, settings.processes or cores(), named=lambda task: task.path)
+    results = in_processes(examine, tasks, settings.processes or usable_cores(), named=lambda task: task.path)
     pairs = ((one, 1) for one in results)
     for one in shown_progress(pairs, what="looked through", unit="shards", total=len(tasks), kind=settings.progress):
         splits[one.task.split].add(one)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from softmoe_train.cores import usable_cores
 from softmoe_train.data.index import Shard, index_shards, make_index
 from softmoe_train.data.published import INDEX, MAX_INDEX, SUFFIX, Entry, parse_index, publish_index, unpack
 from softmoe_train.observe.console import ProgressKind
-from softmoe_train.shards.processes import cores, in_processes
+from softmoe_train.shards.processes import in_processes
 from softmoe_train.shards.progress import shown_progress
 from softmoe_train.shards.settings import IndexSettings, StoppedError, local_shards
 
@@ -51,7 +52,7 @@ def publish(folders: dict[str, list[str]], processes: int | None, progress: Prog
     paths = [path for of in folders.values() for path in of]
     made: dict[str, Shard] = {}
     problems = []
-    results = in_processes(_index, paths, processes or cores(), named=str)
+    results = in_processes(_index, paths, processes or usable_cores(), named=str)
     pairs = ((one, _size(one)) for one in results)
     total = sum(os.path.getsize(path) for path in paths) >> 20
     for one in shown_progress(pairs, what="indexed", unit="MiB", total=total, kind=progress):
@@ -114,7 +115,7 @@ def _verify(settings: IndexSettings, folders: dict[str, list[str]]) -> Indexed:
         if settings.out is None:
             gone = [name for name in entries if not os.path.isfile(os.path.join(folder, name))]
             problems += [f"{folder}/{INDEX} lists {name}, which is not there" for name in gone]
-    results = in_processes(_prove, proofs, settings.processes or cores(), named=lambda proof: proof.path)
+    results = in_processes(_prove, proofs, settings.processes or usable_cores(), named=lambda proof: proof.path)
     pairs = ((one, proof.entry.size >> 20) for one, proof in zip(results, proofs, strict=True))
     total = sum(proof.entry.size for proof in proofs) >> 20
     for found in shown_progress(pairs, what="verified", unit="MiB", total=total, kind=settings.progress):

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import softmoe_train
+from softmoe_train.cores import usable_cores
 from softmoe_train.observe.run_files import replace_text
 from softmoe_train.shards.index import publish
 from softmoe_train.shards.look import Look, Looked, left_out_in, left_out_of
 from softmoe_train.shards.order import Listing, Shard, cut, read_listing, split
-from softmoe_train.shards.processes import cores, in_processes
+from softmoe_train.shards.processes import in_processes
 from softmoe_train.shards.progress import shown_progress
 from softmoe_train.shards.resize import Resize
 from softmoe_train.shards.settings import Making, StoppedError
@@ -114,7 +115,7 @@ def _make(source: Source[Any], making: Making, out: Path, asked: dict[str, Any],
 def _look(look: Look, parts: Iterable[Any], making: Making) -> tuple[int, list[LeftOut]]:
     """Look at every part; the number of parts, and what was left out of them."""
     left: list[LeftOut] = []
-    looked = in_processes(look, enumerate(parts), making.processes or cores())
+    looked = in_processes(look, enumerate(parts), making.processes or usable_cores())
     pairs: Iterator[tuple[Looked, int]] = ((one, one.pictures + one.left_out) for one in looked)
     count = 0
     for one in shown_progress(pairs, what="looked at", unit="pictures", total=None, kind=making.progress):
@@ -130,7 +131,7 @@ def _write(write: Write, shards: list[Shard], making: Making, out: Path, left: l
     there = {shard.name: written_before(write.folder, out, shard.name) for shard in shards}
     todo = [shard for shard in shards if there[shard.name] is None]
     before = sum(one.samples for one in there.values() if one is not None)
-    pairs = ((one, one.samples) for one in in_processes(write, todo, making.processes or cores()))
+    pairs = ((one, one.samples) for one in in_processes(write, todo, making.processes or usable_cores()))
     total = sum(len(shard.part) for shard in shards)
     lost = [one for shard in there.values() if shard is not None for one in shard.left_out]
     for one in shown_progress(pairs, what="written", unit="pictures", total=total, kind=making.progress, before=before):

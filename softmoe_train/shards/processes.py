@@ -22,11 +22,6 @@ _work: Callable[[Any], Any] | None = None  # of a worker process, to which it is
 _AHEAD = 2  # tasks handed out for each process: more would only fill memory
 
 
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_processes(
     work: Callable[[Task], Result],
     tasks: Iterable[Task],

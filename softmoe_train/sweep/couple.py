@@ -1,7 +1,6 @@
 """This file owns couplings: settings of a point that follow from others, by arithmetic that is read and never run as code."""
 
 import ast
-import math
 import operator
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -15,6 +14,8 @@ from softmoe_train.sweep.settings import SweepConfig
 
 EXPERTS, SLOTS = "model.moe.num_experts", "model.moe.slots_per_expert"
 LONGEST = 200  # characters of an expression
+MOST = 10**18  # no number reaches it, on the way to a value or as one
+FINEST = 10**90  # nor does what a number is a fraction of; as a float it is none yet
 SIGNS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -64,7 +65,7 @@ def coupled(settings: SweepConfig, config: RunConfig, base: Callable[[], RunConf
     """
     found, values = {}, flat(config.model_dump())
     if settings.fixed_slots is not False:
-        found[SLOTS] = _slots(settings.fixed_slots, config, base)
+        found[SLOTS] = values[SLOTS] = _slots(settings.fixed_slots, config, base)
     for key, expression in settings.couple.items():
         found[key] = _number(key, expression, values)
     words = [f"{key}={value}" for key, value in found.items()]
@@ -91,9 +92,9 @@ def value_of(expression: str, values: Mapping[str, Any]) -> Fraction:
 
     def look(key: str) -> Fraction:
         value = values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise CoupleError(f"{key} is {'no key of a run' if key not in values else f'{value}, which is no number'}")
-        return Fraction(repr(value))  # 0.1 is a tenth, as it was written
+        return _bounded(value, key)
 
     return _evaluate(_parsed(expression), look, dividing=True)
 
@@ -111,8 +112,8 @@ def _evaluate(node: ast.expr, look: Callable[[str], Fraction], *, dividing: bool
     match node:
         case ast.Constant(value=bool()):
             pass
-        case ast.Constant(value=int() | float() as value) if math.isfinite(value):
-            return Fraction(repr(value))
+        case ast.Constant(value=int() | float() as value):
+            return _bounded(value, ast.unparse(node))
         case ast.Name() | ast.Attribute():
             return look(ast.unparse(node))
         case ast.UnaryOp(op=ast.USub(), operand=inner):
@@ -123,8 +124,18 @@ def _evaluate(node: ast.expr, look: Callable[[str], Fraction], *, dividing: bool
                 if dividing:
                     raise CoupleError(f"divides by {ast.unparse(right)}, which is 0")
                 return one
-            return SIGNS[type(sign)](one, two)
+            value = SIGNS[type(sign)](one, two)
+            return _bounded(value, ast.unparse(node)) if dividing else value
     raise CoupleError(f"{ast.unparse(node)!r} is no arithmetic; write numbers, keys, + - * / // and brackets")
+
+
+def _bounded(value: float | Fraction, what: str) -> Fraction:
+    if abs(value) >= MOST:
+        raise CoupleError(f"{what} is beyond {MOST:.0e}, which no setting is; use smaller numbers")
+    exact = value if isinstance(value, Fraction) else Fraction(repr(value))  # 0.1 is a tenth, as it was written
+    if exact.denominator >= FINEST:
+        raise CoupleError(f"{what} is finer than 1/{FINEST:.0e}, which no setting is; use fewer digits")
+    return exact
 
 
 def _slots(fixed: bool | int, config: RunConfig, base: Callable[[], RunConfig]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from softmoe_train.at_end import is_complete
 from softmoe_train.config import ConfigError
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.plain import plain
@@ -25,6 +26,7 @@ from softmoe_train.sweep.show import Show
 from softmoe_train.sweep.submission import world_of_jobs
 
 PATIENCE_SECONDS = 5.0  # after which what takes long tells how far it is
+LEAVING_SECONDS = 5  # what ranks that have saved need to be gone
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,25 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
         points = grid_points(kind, settings, words.runs, _Patience("points checked"))
         if kind.world is None:
             problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
+        else:
+            problems += _signal_problems(points, words)
         sweep = Sweep(kind, settings, words, points, measure_of(settings.measure, points))
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if problems:
         raise ConfigError(problems)
     return sweep
+
+
+def _signal_problems(points: list[Point], words: Words) -> list[str]:
+    """Why a save before the time limit of a job could be cut off."""
+    delay = int(launcher_settings(words.hydra)["signal_delay_s"])
+    least = max(point.config.checkpoint.grace for point in points) + LEAVING_SECONDS
+    if delay >= least:
+        return []
+    return [
+        f"hydra.launcher.signal_delay_s={delay}: a save may take checkpoint.grace and {LEAVING_SECONDS} s; give {least} or more, or a smaller checkpoint.grace"
+    ]
 
 
 def placed(kind: Kind, words: Words) -> Kind:
@@ -85,6 +100,8 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
             _tell_costs(sweep, ledger)
         for point in sweep.points:
             ledger.plan(point)
+            if sweep.kind.outdated is not None and not is_complete(point.config):
+                (point.folder / sweep.kind.outdated).unlink(missing_ok=True)
         return build_launcher(sweep).run(sweep.points, ledger)
 
 

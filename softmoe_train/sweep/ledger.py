@@ -3,6 +3,7 @@
 Whether a point is complete is for its own run folder to say; the ledger tells how often it was tried and what came of it.
 """
 
+import errno
 import json
 import os
 import socket
@@ -29,14 +30,18 @@ class Ledger:
         self.entries, self.broken, self._torn = _read(path)
 
     def write(self, event: str, label: str, **facts: Any) -> None:
-        """Add a line, which is on the disk when this returns."""
+        """Add a line, which is on the disk when this returns; raises OSError where it is not, or not all of it."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry: Entry = {"event": event, "label": label, "time": now, **facts}
         new = not self._path.exists()
         with self._path.open("ab", buffering=0) as file:
-            torn, self._torn = self._torn, False  # a line of its own, whatever a kill has left before it
-            file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
+            # A line of its own, whatever a kill or a full disk has left before it.
+            line = b"\n" * self._torn + json.dumps(entry).encode() + b"\n"
+            self._torn = True
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "only a part of a line was written", str(self._path))
             os.fsync(file.fileno())
+            self._torn = False
         if new:
             _sync_folder(self._path.parent)
         self.entries.append(entry)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from softmoe_train.at_end import is_complete
-from softmoe_train.faults.claim import owner
 from softmoe_train.faults.stop import ASKING
 from softmoe_train.sweep.ledger import Ledger
 from softmoe_train.sweep.outcome import FOR_GOOD, Outcome, ended, given_up, log_of, step_of_run
@@ -127,8 +126,10 @@ class LocalGrid:
             self._running.remove(child)
             self._room.give_back(point)
             outcome = ended(point, child.process.returncode)
-            if outcome.code == 2 and owner(point.folder) is not None:
-                waiting.append(point)  # somebody was faster than we
+            if outcome.code == 2 and (holder := point.holder()) is not None:
+                why = f"in use by {holder}, which was faster"
+                ledger.end(point, "interrupted", code=outcome.code, reason=why, step=step_of_run(point))
+                waiting.append(point)
                 continue
             ledger.end(point, outcome.state, code=outcome.code, reason=outcome.reason, step=step_of_run(point))
             again = outcome.state == "failed" and outcome.code not in FOR_GOOD and self._asked is None
@@ -145,8 +146,7 @@ class LocalGrid:
         before, looked = self._held.get(point.label, ("", -CLAIM_SECONDS))
         if time.monotonic() - looked < CLAIM_SECONDS:
             return bool(before)
-        apart = point.config.claimed_apart
-        holder = owner(point.folder) or (owner(apart) if apart is not None else None) or ""
+        holder = point.holder() or ""
         if holder and holder != before:
             self._show.tell(f"{point.label}: in use by {holder}, so it waits for that to end")
         self._held[point.label] = (holder, time.monotonic())
@@ -165,12 +165,14 @@ class LocalGrid:
         """Pass on what asks us to end, at every time: the second ends a run at once."""
 
         def hear(number: int, frame: object) -> None:
-            self._asked = signal.Signals(number)
+            # A run knows no closed terminal, and would be killed with us before it has saved.
+            self._asked = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
             for child in self._running:
                 with suppress(ProcessLookupError):
-                    child.process.send_signal(number)
+                    child.process.send_signal(self._asked)
 
-        before = {number: signal.signal(number, hear) for number in ASKING}
+        closed = (signal.SIGHUP,) * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # as nohup has it
+        before = {number: signal.signal(number, hear) for number in (*ASKING, *closed)}
         try:
             yield
         finally:
@@ -178,8 +180,8 @@ class LocalGrid:
                 signal.signal(number, handler)
 
     def _end_all(self) -> None:
-        """Where this process fails, its points end in good order before it."""
-        for child in self._running:
+        """Where this process fails, as without its terminal, its points end in good order before it."""
+        for child in self._running if self._asked is None else []:  # a second signal would end them at once
             with suppress(ProcessLookupError):
                 child.process.terminate()
         for child in self._running:

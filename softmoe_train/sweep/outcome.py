@@ -44,7 +44,7 @@ def step_of_run(point: Point) -> int:
 def ended(point: Point, code: int) -> Outcome:
     """The outcome of an attempt that ended with this exit code (128 + n, or -n, for signal n)."""
     code = code if code >= 0 else 128 - code
-    if is_complete(point.config) and code == 0:
+    if code in (0, *ASKED_TO_END) and is_complete(point.config):  # it may be asked as it comes to its end
         return Outcome(point, "complete", code, "complete")
     if code in ASKED_TO_END:
         return Outcome(point, "interrupted", code, f"asked to end at step {step_of_run(point)}")

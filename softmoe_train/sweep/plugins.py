@@ -24,6 +24,9 @@ from softmoe_train.config import ConfigError
 LAUNCHERS = {"basic": None, "submitit_slurm": "hydra-submitit-launcher"}  # what each needs installed
 SWEEPERS = {"basic": None, "optuna": "hydra-optuna-sweeper"}
 PLUGINS = {"hydra-submitit-launcher": "hydra_submitit_launcher", "hydra-optuna-sweeper": "hydra_optuna_sweeper"}
+SIGNAL_SECONDS = (
+    180  # before the time limit, as in launch/slurm.sbatch; the plugin's 120 are all taken by checkpoint.grace
+)
 Values = Callable[[list[list[str]]], list[float | None]]
 
 
@@ -34,7 +37,7 @@ def plugin_problems(launcher: str, sweeper: str) -> list[str]:
         package = known.get(chosen)
         if chosen not in known:
             more = (
-                "; leave it out: the grid on this machine is that, with a budget (sweep.processes)"
+                "; leave it out: the sweep then runs on this machine, as many workers at a time as sweep.processes says"
                 if chosen in ("submitit_local", "joblib")
                 else ""
             )
@@ -58,7 +61,11 @@ def launcher_settings(words: list[str]) -> dict[str, Any]:
     config, _ = _composed([word for word in words if "sweeper" not in word.partition("=")[0]])
     settings = OmegaConf.to_container(config.hydra.launcher, resolve=False)
     assert isinstance(settings, dict), settings
-    return {str(key): value for key, value in settings.items()}
+    given = any(word.startswith("hydra.launcher.signal_delay_s=") for word in words)
+    return {
+        **{str(key): value for key, value in settings.items()},
+        **({} if given else {"signal_delay_s": SIGNAL_SECONDS}),
+    }
 
 
 class PointFailedError(RuntimeError):

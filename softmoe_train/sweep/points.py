@@ -33,6 +33,7 @@ class Kind(NamedTuple):
     compose: Composing
     check: Callable[[RunConfig, World | None], list[str]]
     also: tuple[str, ...] = ()
+    outdated: str | None = None  # a file in the folder of a point that is of no run as soon as its point goes on
     world: World | None = None  # in which each point trains, elsewhere; None: this machine, as its settings say
 
     def problems(self, config: RunConfig) -> list[str]:
@@ -56,6 +57,11 @@ class Point:
     def folder(self) -> Path:
         """Its run folder."""
         return self.config.folder
+
+    def holder(self) -> str | None:
+        """Who writes in its folder, or in that of its checkpoints; None where nobody does."""
+        apart = self.config.claimed_apart
+        return owner(self.folder) or (owner(apart) if apart is not None else None)
 
     @property
     def digest(self) -> str:
@@ -91,6 +97,11 @@ def points_of(
     """The points of these lines of overrides, which differ in the keys `swept`; raises ConfigError with all their mistakes."""
     given = [key_of(word) for word in lines[0] if key_of(word) not in swept]
     problems = coupling_problems(settings, swept, given)
+    problems += [
+        f"sweep.couple={{{key}: {settings.couple[key]!r}}}: every point of this sweep has {word}; leave the coupling out"
+        for word in kind.also
+        if (key := key_of(word)) in settings.couple
+    ]
     problems += [
         f"{key}: it is that of the whole sweep; give one" for key in ("run_dir", "checkpoint.folder") if key in swept
     ]
@@ -129,7 +140,8 @@ def _point(kind: Kind, settings: SweepConfig, words: list[str], swept: list[str]
     label = label_of(words, swept)
     follow: list[str] = []
     if settings.fixed_slots is not False or settings.couple:
-        follow = coupled(settings, composed(words), lambda: composed(without(words, [EXPERTS])))
+        told = [*without(words, list(map(key_of, kind.also))), *kind.also]  # what couplings read is what the point gets
+        follow = coupled(settings, composed(told), lambda: composed(without(told, [EXPERTS])))
     config = _naming(words, swept, composed)
     given = set(map(key_of, words))
     folder = folder_of_sweep(words, config)

@@ -81,5 +81,14 @@ def _hydra_problems(words: Words) -> list[str]:
         if key in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.launcher.submitit_folder"):
             problems.append(f"{override}: the folder of a sweep is run_dir=, and each point has one of its own in it")
         elif key not in ("hydra/launcher", "hydra/sweeper") and not key.startswith(taken):
-            problems.append(f"{override}: Hydra's own settings do nothing here; leave it out")
+            problems.append(f"{override}: {_of_whom(key)} leave it out")
     return problems
+
+
+def _of_whom(key: str) -> str:
+    """Why an override of Hydra's does nothing."""
+    if key.startswith(("hydra.launcher", "hydra/launcher")):
+        return "it belongs to hydra/launcher=submitit_slurm, which is not there: add that, or"
+    if key.startswith(("hydra.sweeper", "hydra/sweeper")):
+        return "it belongs to hydra/sweeper=optuna, which is not there: add that, or"
+    return "Hydra's own settings do nothing here;"

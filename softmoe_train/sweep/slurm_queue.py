@@ -24,15 +24,14 @@ class Queued(NamedTuple):
         return self.state in WAITING
 
 
-def queue() -> dict[str, Queued]:
-    """Our jobs that wait or run, by name; raises QueueError."""
+def queue() -> list[Queued]:
+    """Our jobs that wait or run; raises QueueError."""
     lines = _asked("squeue", "--me", "--noheader", "--format=%i|%T|%j").splitlines()
-    jobs = [Queued(*line.split("|", 2)) for line in lines if line.count("|") >= 2]
-    return {job.name: job for job in jobs}
+    return [Queued(*line.split("|", 2)) for line in lines if line.count("|") >= 2]
 
 
 def state_of(number: str) -> str | None:
-    """How SLURM says that a job ended (`TIMEOUT`, `CANCELLED` ...), while it remembers; None after that."""
+    """What SLURM says of a job (`RUNNING`, `TIMEOUT`, `CANCELLED` ...), while it remembers; None after that."""
     for words in (
         ("scontrol", "--oneliner", "show", "job", number),
         ("sacct", "--noheader", "--parsable2", "--format=State", "-j", number),
@@ -45,6 +44,16 @@ def state_of(number: str) -> str | None:
         if state:
             return state[0]
     return None
+
+
+def restarts_of(number: str) -> int | None:
+    """How often SLURM has started a job again, while it remembers; None after that."""
+    try:
+        said = _asked("scontrol", "--oneliner", "show", "job", number)
+    except QueueError:
+        return None
+    count = said.partition(" Restarts=")[2].split()[:1]
+    return int(count[0]) if count and count[0].isdecimal() else None
 
 
 def _asked(*words: str) -> str:

@@ -1,7 +1,9 @@
 """This file owns how a point becomes a job of SLURM: what submitit is told, and the folder in which it keeps its pickles."""
 
+import grp
 import importlib
 import os
+import pwd
 import shlex
 import stat
 import subprocess
@@ -61,6 +63,7 @@ def keep_private(folder: Path) -> None:
     we read none of them; jobs do.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_parents(folder)
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
@@ -71,6 +74,37 @@ def keep_private(folder: Path) -> None:
                 f"job reads them, so it must be a folder of your own with mode 700; look who has written there, then delete it or chmod 700"
             ]
         )
+
+
+def _check_parents(folder: Path) -> None:
+    """Whoever may write in a folder may put another in the place of what is in it, unless it is sticky."""
+    own = _own_group()
+    where = folder.parent.resolve()
+    for parent in (where, *where.parents):
+        found = parent.stat()
+        by_group = found.st_mode & stat.S_IWGRP and found.st_gid != own
+        if found.st_mode & stat.S_ISVTX or not (found.st_mode & stat.S_IWOTH or by_group):
+            continue
+        who, mend = ("everybody", "go-w") if found.st_mode & stat.S_IWOTH else (f"group {found.st_gid}", "g-w")
+        raise ConfigError(
+            [
+                f"{parent} has mode {stat.S_IMODE(found.st_mode):o}: {who} may put another folder in the place of {folder}, which holds "
+                f"pickles that run when a job reads them; chmod {mend} {parent}, or chmod +t, or give a run_dir where only you write"
+            ]
+        )
+
+
+def _own_group() -> int | None:
+    """The group that has the name of the user, and nobody else in it; None where there is none.
+
+    Under umask 002, which sites set because of such groups, every folder is writable for one, and that is for its user alone.
+    """
+    try:
+        user = pwd.getpwuid(os.getuid())
+        group = grp.getgrgid(user.pw_gid)
+    except KeyError:
+        return None
+    return group.gr_gid if group.gr_name == user.pw_name and {*group.gr_mem} <= {user.pw_name} else None
 
 
 def _setup(folder: Path) -> list[str]:

@@ -44,15 +44,18 @@ class SubmittedPoint:
         code = code if code >= 0 else 128 - code
         again = code == RESUME and rank == 0 and asked[:1] == ["SIGUSR1"] and _restarts() < self.requeues
         note = {"rank": rank, "code": code, "asked": asked[:1], "time": time.time(), "requeued": again}
-        path = Path(self.notes) / f"{_job()}_{_restarts()}_{rank}.json"
-        path.with_suffix(".part").write_text(json.dumps(note))
-        path.with_suffix(".part").replace(path)
-        if again:
-            subprocess.run(["scontrol", "requeue", _job()], check=False)
+        self._note(note)
+        if again and subprocess.run(["scontrol", "requeue", _job()], check=False).returncode:
+            self._note({**note, "requeued": False})  # SLURM does not, so this is the end
         if code:
             sys.stdout.flush()
             os._exit(code)  # an exception would be pickled, and hide the code
         return code
+
+    def _note(self, note: dict[str, object]) -> None:
+        path = Path(self.notes) / f"{_job()}_{_restarts()}_{note['rank']}.json"
+        path.with_suffix(".part").write_text(json.dumps(note))
+        path.with_suffix(".part").replace(path)
 
     def _run(self, rank: int, runs: list[subprocess.Popen[bytes]], asked: list[str]) -> int:
         log = Path(self.folder) / (OUTPUT if rank == 0 else f"output.{rank}.log")

@@ -1,9 +1,10 @@
 """Builds the image for real with buildah, which needs no daemon, and lives in it as a newcomer would; as root, on Linux.
 
-    python -m tests.image.build base=IMAGE [volumes=/etc/pip.conf,/some/index]
+    python -m tests.image.build base=IMAGE [volumes=/etc/pip.conf,/some/index] [store=FOLDER]
 
 `base` is an image whose python3 carries torch: of a registry, or one made here (debootstrap, `ADD` to scratch, pip install torch). `volumes` are
 files and folders of this machine that the build must see at the same place, read-only and never in the image: pip's configuration, a local index.
+`store` keeps what is built, for `buildah --root FOLDER/root --runroot FOLDER/run`, and may hold the base; else a temporary folder does.
 The quickstart runs as process 1 of a PID namespace, by the image's user; then one as a user without a name is asked to end, and resumed.
 """
 
@@ -38,8 +39,7 @@ class Image:
     """An image in the store of buildah in `folder`, with a writable layer above it in which commands run."""
 
     def __init__(self, folder: Path) -> None:
-        store = ["--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "vfs"]
-        self._buildah = ["buildah", *store]
+        self._buildah = ["buildah", "--root", str(folder / "root"), "--runroot", str(folder / "run")]
         self._container = ""
         self.root = Path()
         self.config: dict[str, list[str] | str] = {}
@@ -97,7 +97,10 @@ def live(image: Image) -> None:
     line = ("softmoe", "train", "recipe=quickstart", "run_dir=runs/stopped", "observe.progress=plain")
     running = image.start("54321:0", *line)
     for _ in range(600):
-        if (image.root / "work/runs/stopped/metrics.jsonl").is_file() or running.poll() is not None:
+        metrics = image.root / "work/runs/stopped/metrics.jsonl"
+        if (
+            metrics.is_file() and metrics.stat().st_size
+        ) or running.poll() is not None:  # before its first step it saves nothing
             break
         time.sleep(0.5)
     (first,) = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -152,6 +153,35 @@ def test_the_entrypoint_sets_what_is_not_set_and_becomes_the_command(tmp_path: P
     homeless = dict(line.split("=", 1) for line in enter("env", HOME="/nowhere").stdout.splitlines())
     assert os.path.isdir(homeless["HOME"]) and homeless["USER"] == "softmoe"
     os.rmdir(homeless["HOME"])
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="a PID namespace is root's to make")
+def test_process_1_ends_by_sigterm_before_its_imports_are_done() -> None:
+    apart = ["unshare", "--pid", "--fork", "--kill-child", str(ROOT / "docker/entrypoint")]
+    known = {**os.environ, "PYTHONPATH": str(ROOT), "SOFTMOE_ENVIRONMENT": str(ROOT / "docker/environment")}
+    outer = subprocess.Popen([*apart, sys.executable, "-m", "softmoe_train", "train", "recipe=debug"], env=known)
+    try:
+        first = Path("/proc/self")
+        while not takes_sigterm(first) or b"python" not in (first / "cmdline").read_bytes():
+            assert outer.poll() is None
+            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+            first = Path("/proc", *children[:1])
+        assert "libtorch" not in (first / "maps").read_text()
+        os.kill(int(first.name), signal.SIGTERM)
+        assert outer.wait(60) == 143
+    finally:
+        outer.kill()  # and process 1 with it
+        outer.wait()
+
+
+def takes_sigterm(process: Path) -> bool:
+    """Whether a process handles SIGTERM."""
+    caught = (
+        re.search(r"^SigCgt:\s*(\w+)", (process / "status").read_text(), re.MULTILINE)
+        if process.name.isdigit()
+        else None
+    )
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -1,5 +1,6 @@
 """The claim on a run folder, with real processes."""
 
+import errno
 import os
 import shutil
 import signal
@@ -107,6 +108,38 @@ def test_a_folder_that_was_deleted_is_taken_again_and_not_from_another(tmp_path:
         other.kill()
         other.wait()
         os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOLCK, "No locks available; give it locks"),
+        (errno.EACCES, "Permission denied; it may be another user's"),
+    ],
+)
+def test_a_folder_that_cannot_be_locked_is_a_mistake_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    """Here every file system has locks, and root is every user."""
+    (tmp_path / ".lock").touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("softmoe_train.faults.claim.fcntl.lockf", refuse)
+    for hold in (lambda: claim(tmp_path).__enter__(), lambda: owner(tmp_path)):
+        with pytest.raises(ConfigError) as told:
+            hold()
+        assert str(tmp_path) in told.value.problems[0] and said in told.value.problems[0]
+
+
+def test_a_lost_server_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("softmoe_train.faults.claim.fcntl.lockf", fail)
+    with pytest.raises(OSError, match="Input/output error"), claim(tmp_path):
+        pass
 
 
 def owner_seen_by_another(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from softmoe_train.cores import usable_cores
 from softmoe_train.launching.local import ONE_SIGNAL_SECONDS, Ended, report_failure
 from softmoe_train.launching.worker import RESUME
 
@@ -91,7 +92,7 @@ sys.exit(launch_local(2, [sys.executable, "-c", {writes!r}], grace_seconds=1))
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": chosen} if chosen else {}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
-    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    share = str(max(1, usable_cores() // 2))
     assert [(folder / str(rank)).read_text() for rank in range(2)] == [chosen or share] * 2
 
 

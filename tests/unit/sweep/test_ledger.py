@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,23 @@ def test_every_line_is_on_the_disk_when_the_call_returns(config: RunConfig, tmp_
     assert ending(works)[0] == -9
     (line,) = (tmp_path / FILE).read_text().splitlines()
     assert json.loads(line)["event"] == "started"
+
+
+def test_a_line_that_the_disk_took_in_part_is_told_and_spoils_no_other(config: RunConfig, tmp_path: Path) -> None:
+    one = point(config, tmp_path)
+    with open_ledger(tmp_path) as ledger:
+        ledger.start(one, pid=7)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE).stat().st_size + 20, before[1]))
+        try:
+            with pytest.raises(OSError, match="only a part of a line"):
+                ledger.end(one, "complete", code=0, reason="complete", step=20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        ledger.end(one, "failed", code=1, reason="", step=0)
+    after = Ledger(tmp_path / FILE)
+    assert after.entries == ledger.entries and [entry.get("state") for entry in after.entries] == [None, "failed"]
+    assert after.broken == 1
 
 
 def test_a_second_process_is_refused_and_told_who_has_the_sweep(tmp_path: Path) -> None:

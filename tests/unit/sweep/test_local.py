@@ -128,11 +128,19 @@ def test_a_flaky_point_is_complete_in_the_end(points: Callable[..., list[Point]]
     assert outcomes[0].state == "complete" and events(ledger, "seed=0") == ["started", "failed", "started", "complete"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_point_that_is_asked_to_end_as_it_completes_is_complete(points: Callable[..., list[Point]]) -> None:
+    (outcome,), ledger = run(points(1), COMPLETE + "sys.exit(143)")
+    assert outcome.state == "complete" and exit_code([outcome]) == 0
+    assert events(ledger, "seed=0") == ["started", "complete"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_goes_on_to_what_runs_and_nothing_more_is_started(
     points: Callable[..., list[Point]], number: int
 ) -> None:
-    program = f"signal.signal({int(number)}, lambda *_: os._exit(75)); open('ready', 'w'); time.sleep(60)"
+    """A closed terminal as SIGTERM: a run that does not hear it would be killed with its sweep, unsaved."""
+    passed = signal.SIGTERM if number == signal.SIGHUP else number
+    program = f"signal.signal({int(passed)}, lambda *_: os._exit(75)); open('ready', 'w'); time.sleep(60)"
     some = points(2)
 
     def ask() -> None:
@@ -146,6 +154,36 @@ def test_a_signal_goes_on_to_what_runs_and_nothing_more_is_started(
     thread.join()
     assert [one.state for one in outcomes] == ["interrupted", "to do"] and exit_code(outcomes) == 75
     assert events(ledger, "seed=0") == ["started", "interrupted"] and ledger.of("seed=1") == []
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(points: Callable[..., list[Point]]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        outcomes, _ = run(points(1), "os.kill(os.getppid(), signal.SIGHUP)" + COMPLETE)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert outcomes[0].state == "complete"
+
+
+def test_an_attempt_that_found_its_folder_taken_has_an_end_and_is_no_failure(
+    points: Callable[..., list[Point]],
+) -> None:
+    """Somebody was faster between our look and its start."""
+    program = """
+import fcntl
+if not os.path.exists(".lock"):
+    ready, told = os.pipe()
+    if os.fork() == 0:
+        lock = open(".lock", "a+"); fcntl.lockf(lock, fcntl.LOCK_EX); lock.write("process 1"); lock.flush(); os.write(told, b"x")
+        until = time.monotonic() + 8
+        while "faster" not in open("../ledger.jsonl").read() and time.monotonic() < until: time.sleep(0.05)
+        os._exit(0)
+    os.read(ready, 1); os._exit(2)
+"""
+    outcomes, ledger = run(points(1), program + COMPLETE)
+    assert outcomes[0].state == "complete"
+    assert events(ledger, "seed=0") == ["started", "interrupted", "started", "complete"]
+    assert ledger.of("seed=0", "ended")[0]["reason"] == "in use by process 1, which was faster"
 
 
 def test_a_folder_in_use_is_waited_for_while_others_run(

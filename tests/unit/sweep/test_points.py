@@ -1,11 +1,15 @@
 """The points of a sweep: what each is called, what follows from its values, and what is refused before one starts."""
 
+import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from omegaconf import OmegaConf
 
 from softmoe_train.commands.elastic import check_train
 from softmoe_train.commands.train import compose_train
@@ -65,6 +69,29 @@ def test_an_override_keeps_any_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["a\\b", "a\\", "\\\\", 'a\\"b', 'a\\\\"', '\\"', '"', "é", "日本", "¹", "a\\,b", ".5", "..", "./x", "NULL", "inf", "1_0", "", " a ", "[1]",
+     "{a: 1}", "a,b", "$(rm)", "choice(1,2)", "C:\\runs\\new"],
+)  # fmt: skip
+def test_hydra_reads_back_any_text(text: str) -> None:
+    parsed = OverridesParser.create().parse_override(word_of("name", text))
+    value = parsed.value()
+    assert (value.text if isinstance(value, QuotedString) else value) == text and not parsed.is_sweep_override()
+
+
+@pytest.mark.parametrize("text", ["${seed}", "\\${seed}", "a\\\\${oc.env:HOME}\\b"])
+def test_what_looks_like_a_reference_is_text(text: str) -> None:
+    value = OverridesParser.create().parse_override(word_of("name", text)).value()
+    assert OmegaConf.create({"name": value.text if isinstance(value, QuotedString) else value, "seed": 3}).name == text
+
+
+@pytest.mark.parametrize("text", ["a\tb", "a\nb", "\x1b[2J", "\x00", "\x7f", "\x85"])
+def test_a_control_character_is_refused_in_any_text(text: str) -> None:
+    with pytest.raises(ConfigError, match="control character"):
+        word_of("run_dir", text)
+
+
+@pytest.mark.parametrize(
     ("expression", "value"),
     [("256 / a", 32), ("a // 3", 2), ("-a + 2 * (a - 1)", 6), ("b.c * 3", Fraction(3, 10)), ("a / 3", Fraction(8, 3))],
 )
@@ -75,11 +102,11 @@ def test_a_coupling_is_exact_arithmetic(expression: str, value: Fraction) -> Non
 @pytest.mark.parametrize(
     "expression",
     ["__import__('os').getcwd()", "a ** 9", "a if a else 1", "[a][0]", "'a' * 3", "a; a", "", "1e999", "a.b()", "True",
-     "(" * 99 + "a" + ")" * 99 + "+", "1 / (a - 8)", "lambda: 1", "name", "nothing"],
+     "(" * 99 + "a" + ")" * 99 + "+", "1e300 * 1e300", "9" * 19, "a * 1e17", "1e-80 * 1e-80", "long * 1", "inf", "nan", "1 / (a - 80)", "lambda: 1", "name", "nothing"],
 )  # fmt: skip
 def test_what_is_no_arithmetic_of_numbers_is_refused_and_never_run(expression: str) -> None:
     with pytest.raises(CoupleError):
-        value_of(expression, {"a": 8, "name": "debug"})
+        value_of(expression, {"a": 80, "name": "debug", "long": 10**5000, "inf": math.inf, "nan": math.nan})
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +115,7 @@ def matched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
     os.chdir(folder)
     try:
         yield swept(f"{EXPERTS}=2,8", "seed=3", "sweep.fixed_slots=true", "checkpoint.folder=far",
-                    'sweep.couple={schedule.peak: "0.002 / seed * 3", steps: "10 * model.moe.num_experts"}')  # fmt: skip
+                    'sweep.couple={schedule.peak: "0.002 / seed * 3", steps: "10 * model.moe.num_experts", batch_size: "8 * model.moe.slots_per_expert"}')  # fmt: skip
     finally:
         os.chdir(before)
 
@@ -98,7 +125,19 @@ def test_slots_follow_from_each_number_of_experts(matched: Sweep) -> None:
     moes = [point.config.model.moe for point in matched.points]
     assert [(moe.num_experts, moe.slots_per_expert) for moe in moes] == [(2, 4), (8, 1)]
     assert [(point.config.schedule.peak, point.config.steps) for point in matched.points] == [(0.002, 20), (0.002, 80)]
-    assert matched.points[0].coupled == {SLOTS: "4", "schedule.peak": "0.002", "steps": "20"}
+    assert matched.points[0].coupled == {SLOTS: "4", "schedule.peak": "0.002", "steps": "20", "batch_size": "32"}
+
+
+def test_a_coupling_reads_the_slots_that_follow_from_the_experts(matched: Sweep) -> None:
+    assert [point.config.batch_size for point in matched.points] == [8 * 4, 8 * 1]
+
+
+def test_a_coupling_reads_what_every_point_is_given_beside_its_line_and_changes_none_of_it() -> None:
+    kind = Kind("train", compose_train, lambda *_: [], ("processes=2",))
+    made = make_sweep(kind, ["recipe=debug", "seed=1,2", 'sweep.couple={batch_size: "8 * processes"}'])
+    assert [point.config.batch_size for point in made.points] == [16, 16]
+    with pytest.raises(ConfigError, match="every point of this sweep has processes=2"):
+        make_sweep(kind, ["recipe=debug", "seed=1,2", 'sweep.couple={processes: "seed"}'])
 
 
 def test_each_point_has_folders_and_a_name_of_its_own_and_the_group_of_the_sweep(matched: Sweep) -> None:
