@@ -149,9 +149,13 @@ def test_a_signal_goes_on_to_what_runs_and_nothing_more_is_started(
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=ask)
-    thread.start()
-    outcomes, ledger = run(some, program)
-    thread.join()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        thread.start()
+        outcomes, ledger = run(some, program)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert [one.state for one in outcomes] == ["interrupted", "to do"] and exit_code(outcomes) == 75
     assert events(ledger, "seed=0") == ["started", "interrupted"] and ledger.of("seed=1") == []
 
