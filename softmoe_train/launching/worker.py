@@ -20,7 +20,7 @@ from softmoe_train.launching.environment import by_srun
 LAUNCHER = "SOFTMOE_LAUNCHER_PID"  # set by our own launcher, which shows a failure itself
 RESUME = 75  # the exit code of a run that was asked to end and has saved: the same command goes on (EX_TEMPFAIL of <sysexits.h>)
 HUNG = 4  # of a run in which nothing moved any more: the same command goes on, but whether it should is for a person or a counter
-CAUSE_SECONDS = 10.0  # in which srun ends a step of which a rank has failed
+CAUSE_SECONDS = 30.0  # in which srun ends a step of which a rank has failed, also on hosts that are busy
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 

@@ -139,7 +139,7 @@ def test_a_rank_that_fails_ends_the_job_within_seconds_and_its_traceback_alone_i
     desk.until(lambda: (desk.folder / f"softmoe_{job}.out").is_file() and PLANTED in desk.said(job), job)
     began = time.monotonic()
     known = desk.cluster.wait_for(job, "FAILED", "COMPLETED", "PENDING")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert (known["JobState"], known["Restarts"]) == ("FAILED", "0")
     assert known["ExitCode"] != "0:0"
     said = desk.said(job)
