@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softmoe_train.config import Record
-from softmoe_train.launching.speed import release
+from softmoe_train.launching.speed import finish, release
 from softmoe_train.plain import plain, ranks_in_words
 
 CHECKED = (torch.float32, torch.bfloat16, torch.int64)
@@ -103,14 +103,9 @@ def _pattern(elements: int, me: int, size: int, summed: bool, device: torch.devi
 def _seconds(group: ProcessGroup, collective: Collective, given: Tensor) -> float:
     seconds = []
     for _ in range(TIMES + 1):
-        _finish(given.device)
+        finish(given.device)
         began = time.perf_counter()
         collective(group, given)
-        _finish(given.device)
+        finish(given.device)
         seconds.append(time.perf_counter() - began)
     return max(median(seconds[1:]), 1e-9)  # the first connects
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -66,12 +66,12 @@ def per_second(work: Callable[[], object], device: torch.device) -> float:
     work()
     rates = []
     for _ in range(WINDOWS):
-        _finish(device)
+        finish(device)
         began, times = time.perf_counter(), 0
         while (passed := time.perf_counter() - began) < WINDOW_SECONDS:
             for _ in range(4):
                 work()
-            _finish(device)
+            finish(device)
             times += 4
         rates.append(times / passed)
     return median(rates)
@@ -100,14 +100,14 @@ def _pairs(world: World, device: torch.device, on_host: int) -> list[Pair]:
     for partner in (round_[world.rank] for round_ in partners(world.size, on_host)):
         if partner is not None:
             swap(sent, received, partner)  # the first message also connects
-        _finish(device)
+        finish(device)
         dist.all_reduce(torch.zeros(1))  # all begin together
         if partner is None:
             continue
         began = time.perf_counter()
         for _ in range(PAIR_TIMES):
             swap(sent, received, partner)
-        _finish(device)
+        finish(device)
         found.append(Pair(partner=partner, speed=PAIR_TIMES * sent.numel() / (time.perf_counter() - began)))
     return found
 
@@ -125,6 +125,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
