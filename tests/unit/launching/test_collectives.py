@@ -66,6 +66,8 @@ def told(ranks: int) -> tuple[int, int]:
 
 def test_what_all_ranks_tell_grows_as_their_number_and_not_as_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "TIMES", 1)
+    # A made-up group leaves what it is to fill as the memory was, which may be what was expected.
+    monkeypatch.setattr(collectives, "all_to_all", lambda group, given: torch.full_like(given, collectives.EXACT))
     for fewer, more in zip(told(1024), told(2048), strict=True):
         assert more < 2.5 * fewer
         assert more < 2048 * 4096
