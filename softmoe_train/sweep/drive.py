@@ -11,6 +11,7 @@ from softmoe_train.at_end import is_complete
 from softmoe_train.config import ConfigError
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.plain import plain
+from softmoe_train.settings import RunConfig
 from softmoe_train.sweep.cost import costs_of, print_costs
 from softmoe_train.sweep.jobs import SlurmJobs
 from softmoe_train.sweep.ledger import FILE, Ledger, open_ledger
@@ -61,7 +62,7 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
         if kind.world is None:
             problems += room_problems(points, room_for(points, settings.processes, devices_here(os.environ)))
         else:
-            problems += _signal_problems(points, words)
+            problems += signal_problems([point.config for point in points], words)
         sweep = Sweep(kind, settings, words, points, measure_of(settings.measure, points))
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
@@ -70,10 +71,10 @@ def make_sweep(kind: Kind, overrides: list[str]) -> Sweep:
     return sweep
 
 
-def _signal_problems(points: list[Point], words: Words) -> list[str]:
+def signal_problems(configs: Sequence[RunConfig], words: Words) -> list[str]:
     """Why a save before the time limit of a job could be cut off."""
     delay = int(launcher_settings(words.hydra)["signal_delay_s"])
-    least = max(point.config.checkpoint.grace for point in points) + LEAVING_SECONDS
+    least = max(config.checkpoint.grace for config in configs) + LEAVING_SECONDS
     if delay >= least:
         return []
     return [
@@ -129,7 +130,7 @@ def tell_end(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
     states = [one.state for one in outcomes]
     if exit_code(outcomes) == RESUME:
         print(
-            f"softmoe {sweep.kind.verb} -m: asked to end with {states.count('complete')} of {len(states)} points complete; the same command goes on",
+            f"softmoe {sweep.kind.verb} -m: {states.count('complete')} of {len(states)} points are complete; the same command goes on",
             file=sys.stderr,
             flush=True,
         )

@@ -9,7 +9,7 @@ from softmoe_train.finetune import key_of
 from softmoe_train.launching.worker import RESUME
 from softmoe_train.report.read import read_run
 from softmoe_train.settings import RunConfig
-from softmoe_train.sweep.drive import Sweep, build_launcher, exit_code, placed
+from softmoe_train.sweep.drive import Sweep, build_launcher, exit_code, placed, signal_problems
 from softmoe_train.sweep.ledger import Ledger, open_ledger
 from softmoe_train.sweep.measure import measure_of
 from softmoe_train.sweep.outcome import Outcome
@@ -54,6 +54,8 @@ def run_search(kind: Kind, overrides: list[str]) -> tuple[Sweep, list[Outcome]]:
         raise ConfigError(problems)
     kind = placed(kind, words)
     base = kind.compose(without(words.runs, swept), lambda _: [])
+    if kind.world is not None and (problems := signal_problems([base], words)):
+        raise ConfigError(problems)
     chosen = _Chosen(kind, settings, words, swept, base)
     with open_ledger(chosen.folder) as ledger:
         print(f"search in {chosen.folder}: {chosen.measure}", flush=True)
