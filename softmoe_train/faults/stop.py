@@ -5,7 +5,7 @@ instructions: a rank that waits inside a collective would not hear that it is as
 """
 
 import os
-import select
+import selectors
 import signal
 import threading
 import time
@@ -44,15 +44,17 @@ class Ear:
 
     def listen(self) -> None:
         """Hear signals until END is."""
-        while True:
-            patience = None if self.asked is None else max(0.0, self.seconds_left())
-            if not select.select([self._hears], [], [], patience)[0]:
-                self.give_up()
-            for number in os.read(self._hears, 64):
-                if number == END:
-                    return
-                if number in ASKING:  # a child that ended comes through the same pipe
-                    self._hear(signal.Signals(number))
+        with selectors.DefaultSelector() as pipe:  # select(2) refuses a descriptor above 1023
+            pipe.register(self._hears, selectors.EVENT_READ)
+            while True:
+                patience = None if self.asked is None else max(0.0, self.seconds_left())
+                if not pipe.select(patience):
+                    self.give_up()
+                for number in os.read(self._hears, 64):
+                    if number == END:
+                        return
+                    if number in ASKING:  # a child that ended comes through the same pipe
+                        self._hear(signal.Signals(number))
 
     def seconds_left(self) -> float:
         """Until this process gives up; for ever where nothing was asked."""

@@ -1,9 +1,11 @@
 """Signals as one process meets them, and what it wants then; how ranks agree is tests/ranks/test_interruption.py."""
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +41,21 @@ def test_a_signal_is_heard_and_nothing_is_left_behind(number: signal.Signals) ->
         time.sleep(0.1)
         assert ear.asked == number
     assert (handlers(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_a_process_with_many_files_hears_too() -> None:
+    """More than the 1024 that select(2) is able to watch."""
+    _, most = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 1200:
+        pytest.skip(f"at most {most} files may be open here")
+    with ExitStack() as files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 1200), most))
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        while files.enter_context(open(os.devnull)).fileno() < 1024:
+            pass
+        with listening(0, 60, 75) as ear:
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: ear.asked == signal.SIGTERM)
 
 
 def test_a_second_signal_ends_a_process_that_waits_in_a_collective(capfd: pytest.CaptureFixture[str]) -> None:
