@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 
 from softmoe_train.commands.main import main
-from tests.runs import metrics, run_here, same_bits, stored
+from tests.runs import metrics, same_bits, softmoe, stored
 from tests.swept import SMALL, STEPS, Swept, killed_and_run_again, log, problems_of
 
 WORDS = [*SMALL, "model.moe.num_experts=2,4", "sweep.fixed_slots=true"]
@@ -26,8 +26,8 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(swept: Swept) -> None:
 def test_the_point_that_was_cut_off_has_the_bits_of_an_uninterrupted_run(swept: Swept, tmp_path: Path) -> None:
     assert f"resumed from {swept.folder}/num_experts=4/checkpoints/step_{swept.at:08d}" in log(swept.folder / swept.cut)
     words = ["model.moe.num_experts=4", "model.moe.slots_per_expert=2"]
-    whole = run_here(tmp_path / "whole", *SMALL, *words)
-    assert same_bits(stored(swept.folder / swept.cut, STEPS), stored(whole, STEPS))
+    softmoe(*SMALL, *words, "run_dir=whole", folder=tmp_path)  # with as many threads as the sweep's
+    assert same_bits(stored(swept.folder / swept.cut, STEPS), stored(tmp_path / "whole", STEPS))
 
 
 def test_at_the_end_there_are_a_table_a_heat_map_and_a_report(swept: Swept) -> None:
