@@ -18,6 +18,7 @@ from softmoe_train.report.rows import Spread
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#3a9fd8", "#555555")  # after Okabe and Ito
 DASHES = ("", "6 2", "2 2", "8 2 2 2")  # as SVG writes them
 SIZE = (4.6, 2.9)  # inches; 331 points
+LEAST_SPAN = 0.02  # between the lightest and the darkest cell: of a share, or this part of another value
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names from outside may hold a dollar
     "svg.hashsalt": "softmoe",  # the same report twice is the same file
@@ -148,9 +149,9 @@ def _draw_cells(axes: Any, grid: Grid, *, percent: bool, lowest: bool) -> None:
     values = np.full((len(grid.ys), len(grid.xs)), math.nan)
     for (x, y), spread in grid.cells.items():
         values[grid.ys.index(y), grid.xs.index(x)] = spread.mean
-    low, high = np.nanmin(values), np.nanmax(values)
-    shade = np.zeros_like(values) if high == low else (values - low) / (high - low)
-    if lowest and high != low:
+    least = LEAST_SPAN if percent else LEAST_SPAN * float(np.nanmax(np.abs(values)))
+    shade = shades(values, max(least, *(4 * (spread.deviation or 0.0) for spread in grid.cells.values())))
+    if lowest:
         shade = 1 - shade
     axes.grid(visible=False)
     axes.imshow(0.08 + 0.84 * shade, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
@@ -170,6 +171,12 @@ def _draw_cells(axes: Any, grid: Grid, *, percent: bool, lowest: bool) -> None:
     axes.tick_params(length=0)
     axes.set_xlabel(grid.x)
     axes.set_ylabel(grid.y)
+
+
+def shades(values: np.ndarray, least: float) -> np.ndarray:
+    """How dark each cell is, from 0 to 1, around one half: over the range of the values, or over `least`, where what lies between may be chance."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    return 0.5 + (values - (low + high) / 2) / max(high - low, least, np.finfo(float).tiny)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import math
 import re
 import statistics
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from softmoe_train.observe.figures import Picture
 from softmoe_train.observe.log import build_log
 from softmoe_train.plan.cost import cost_of
 from softmoe_train.report.closing import closing_lines
+from softmoe_train.report.draw import shades
 from softmoe_train.report.pareto import pareto_front
 from softmoe_train.report.read import Curve, read_run
 from softmoe_train.report.rows import POINTS, mean_of_curves, rows_of, thinned
@@ -233,6 +235,12 @@ def test_the_table_says_so(read: tuple[Strict, dict, str]) -> None:
     assert row[1:4] == ["59.20 ± 0.28", "32.50 ± 3.54", "-"] and row[4].startswith("2 of 3")
     (state,) = (row for row in parser.tables[-2] if row[0].startswith("e4_s2_2"))
     assert state[1].startswith("failedfailed: ValueError: ") and state[2] == "50of 100"
+
+
+def test_a_heat_map_does_not_make_noise_look_like_a_finding() -> None:
+    assert shades(np.array([0.1, math.nan, 0.3, 0.5]), 0.02) == pytest.approx([0, math.nan, 0.5, 1], nan_ok=True)
+    assert shades(np.array([0.441, 0.447]), 0.02) == pytest.approx([0.35, 0.65])
+    assert shades(np.array([0.0, 0.0]), 0.0) == pytest.approx([0.5, 0.5])
 
 
 def test_what_cannot_be_read_is_named_and_harms_nothing(read: tuple[Strict, dict, str], made: Path) -> None:
