@@ -64,6 +64,9 @@ class ShardFiles:
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def __del__(self) -> None:
+        self.close()
+
     def _file(self, shard: int) -> int | None:
         if shard in self._files:
             self._files.move_to_end(shard)

@@ -1,5 +1,6 @@
 """Streams give the same global batches on every layout, resume anywhere, and report what they could not read."""
 
+import gc
 import os
 import pickle
 import signal
@@ -356,6 +357,21 @@ def test_a_worker_still_ends_when_its_parent_asks(running) -> None:
     _, workers = running
     os.kill(workers[0], signal.SIGTERM)
     assert ends(workers[0])
+
+
+def test_a_stream_that_is_dropped_leaves_no_file_open(numbered_shards) -> None:
+    def open_shards() -> list[str]:
+        links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        return [os.readlink(link) for link in links if link.is_symlink() and ".tar" in os.readlink(link)]
+
+    gc.collect()
+    before = open_shards()
+    taken = stream(settings(train=str(numbered_shards(7, 13))))
+    next(iter(taken))
+    assert len(open_shards()) > len(before)
+    del taken
+    gc.collect()
+    assert open_shards() == before
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda one: one.kind)
