@@ -1,5 +1,6 @@
 """This file owns how a test runs one function on several real Gloo processes."""
 
+import gc
 import os
 import pickle
 import signal
@@ -18,6 +19,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Inductor is what every first torch.compile and every ZeRO optimizer imports; what is not installed is passed over.
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch._inductor.compile_fx",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pytest",
+    "softmoe_train.run",
+    "tests.ranks.small",
+]
 
 
 class RankFailedError(Exception):
@@ -32,7 +42,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     # Ranks are forked from a server that has imported what they need: seconds of each start, and there are many.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "softmoe_train.run", "tests.ranks.small"])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
@@ -62,6 +72,7 @@ def _main(
     fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, end: Connection, args: tuple
 ) -> None:
     try:
+        gc.freeze()  # a collection need not walk what the imports made: a second of each
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if Path("/sys/class/net/lo").exists() else "lo0")
         store = dist.FileStore(f"{folder}/store", world_size)

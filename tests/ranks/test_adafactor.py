@@ -21,17 +21,22 @@ from tests.unit.optim.reference import Reference, matrices
 RATE = 0.1
 BAD = 1  # the second of four steps is not finite, on one rank only
 LAYOUTS = [
-    *(
-        Layout(world, axis, sharding)
-        for world in (1, 2, 4)
-        for axis in (1, 2, 4)
-        if axis <= world
-        for sharding in ("replicated", "fsdp")
-    ),
+    Layout(1, 1, "replicated"),
+    Layout(2, 1, "fsdp"),
+    Layout(2, 2, "replicated"),
+    Layout(4, 2, "fsdp"),
     Layout(4, 2, "hsdp", options=options(shard_size=2)),
     Layout(4, 1, "fsdp", num_experts=2),  # cut inside each expert, where its rows and columns run
     Layout(4, 2, "fsdp", num_experts=2),
     Layout(4, 1, "hsdp", num_experts=1, options=options(shard_size=2)),
+]
+# The same kinds of cut into other numbers of parts.
+MORE = [
+    layout
+    for world in (1, 2, 4)
+    for axis in (1, 2, 4)
+    for sharding in ("replicated", "fsdp")
+    if axis <= world and (layout := Layout(world, axis, sharding)) not in LAYOUTS
 ]
 
 
@@ -68,13 +73,13 @@ def updates(rank: int, layout: Layout) -> dict[str, Tensor]:
     return {name: full(t) for name, t in engine.state_dict().items()}
 
 
-def all_layouts(rank: int, world: int) -> dict[Layout, dict[str, Tensor]]:
-    return {layout: updates(rank, layout) for layout in LAYOUTS if layout.world == world}
+def all_layouts(rank: int, world: int, layouts: list[Layout]) -> dict[Layout, dict[str, Tensor]]:
+    return {layout: updates(rank, layout) for layout in layouts if layout.world == world}
 
 
 @cache
-def results(world: int) -> dict[Layout, dict[str, Tensor]]:
-    return run_ranks(all_layouts, world, timeout=300)[0]
+def results(world: int, *, more: bool) -> dict[Layout, dict[str, Tensor]]:
+    return run_ranks(all_layouts, world, MORE if more else LAYOUTS, timeout=300)[0]
 
 
 @cache
@@ -101,9 +106,11 @@ def start(num_experts: int) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.full) for layout in MORE)], ids=str
+)
 def test_three_updates_and_a_skipped_one_equal_one_process_in_float64(layout: Layout) -> None:
-    got = results(layout.world)[layout]
+    got = results(layout.world, more=layout in MORE)[layout]
     truths = truth(layout.num_experts)
     keys = set(got)
     assert got["optimizer.updates"].tolist() == [3.0]

@@ -33,22 +33,23 @@ Cases = dict[int, dict[str, list[str]]]
 CASES: Cases = {
     1: {
         "plain": [],
-        "blocks again in backward": ["parallel.recompute=block"],
         "bfloat16 in two micro-batches": ["precision=bfloat16", "micro_batches=2"],
     },
     2: {
         "experts cut": [AXIS[2], "micro_batches=2"],
         "zero 1": [*ZERO, "engine.zero_stage=1"],
+        "copies of all": [AXIS[1]],
     },
     4: {
-        "copies of all": [AXIS[1]],
-        "experts cut in four, bfloat16": [AXIS[4], "precision=bfloat16"],
         "fsdp, axis 2, blocks again in backward": [AXIS[2], FSDP, "parallel.recompute=block"],
         "fsdp, axis 4, micro-batches": [AXIS[4], FSDP, "micro_batches=2", "parallel.reduce_each_micro=true"],
     },
 }
 MORE: Cases = {
-    1: {"adafactor and an average": ["optim=adafactor", "average=ema"]},
+    1: {
+        "adafactor and an average": ["optim=adafactor", "average=ema"],
+        "blocks again in backward": ["parallel.recompute=block"],
+    },
     2: {
         "fsdp": [AXIS[1], FSDP],
         "zero 0": [*ZERO, "engine.zero_stage=0"],
@@ -56,6 +57,8 @@ MORE: Cases = {
         "zero 2, micro-batches": [*ZERO, "engine.zero_stage=2", "micro_batches=2"],
     },
     4: {
+        "copies of all": [AXIS[1]],
+        "experts cut in four, bfloat16": [AXIS[4], "precision=bfloat16"],
         "experts cut in two": [AXIS[2]],
         "fsdp, axis 2": [AXIS[2], FSDP],
         "hsdp": [AXIS[2], *HSDP],

@@ -1,5 +1,7 @@
 """Configuration: every file composes, every mistake is told at once, and nothing is started before."""
 
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,15 @@ from softmoe_train.parallel.layout import ParallelConfig
 from softmoe_train.settings import RunConfig, check, compute_problems
 
 FOLDER = config_folder()
-GROUPS = sorted(  # recipes and models have tests of their own: test_recipes, test_family
+FILES = sorted(  # recipes and models have tests of their own: test_recipes, test_family
     (str(file.parent.relative_to(FOLDER)), file.stem)
     for file in FOLDER.rglob("*.yaml")
     if not {FOLDER / "recipe", FOLDER / "model"} & set(file.parents) and file.parent != FOLDER and file.stem[0] != "_"
 )
+GROUPS = [[name for _, name in files] for _, files in groupby(FILES, key=itemgetter(0))]
+NAMES = list(dict.fromkeys(group for group, _ in FILES))
+# The first file of every group together, the second of those that have two, and so on.
+TOGETHER = [[(group, name) for group, name in zip(NAMES, names, strict=True) if name] for names in zip_longest(*GROUPS)]
 PLACES = {"transform": "transform@data.train_transform"}
 
 
@@ -39,9 +45,9 @@ def problems_of(*overrides: str, size: int = 1) -> list[str]:
     return caught.value.problems
 
 
-@pytest.mark.parametrize(("group", "name"), GROUPS)
-def test_every_file_of_a_group_composes(group: str, name: str) -> None:
-    compose_alone(f"{PLACES.get(group, group)}={f'[{name}]' if group == 'evals' else name}")
+@pytest.mark.parametrize("files", TOGETHER, ids=lambda files: " ".join(map("=".join, files)))
+def test_every_file_of_a_group_composes(files: list[tuple[str, str]]) -> None:
+    compose_alone(*(f"{PLACES.get(group, group)}={f'[{name}]' if group == 'evals' else name}" for group, name in files))
 
 
 def test_three_misspelt_keys_and_two_illegal_combinations_come_in_one_message() -> None:
