@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     The default group is Gloo, each process has one thread, and nothing outlives the call. `fn` must be a module's own
     function; arguments and results are pickled (tensors on the CPU as they are, no DTensor). Raises RankFailedError.
     """
-    # Ranks are forked from a server that has imported what they need: seconds of each start, and there are many.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "softmoe_train.run", "tests.ranks.small"])
+    context = server()
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
@@ -56,6 +55,14 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 if rank.is_alive():
                     rank.kill()
                 rank.join()
+
+
+def server() -> ForkServerContext:
+    """Whose processes are forked from a server that has imported what they need: seconds of each start, and there are many."""
+    context = mp.get_context("forkserver")
+    ours = ["softmoe_train.commands.main", "tests.ranks.small", "tests.forked"]
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.run", "wandb", *ours])
+    return context
 
 
 def _main(
