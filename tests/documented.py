@@ -6,7 +6,6 @@ of a line stays as it is written.
 
 import contextlib
 import io
-import os
 import re
 import shlex
 import subprocess
@@ -14,13 +13,13 @@ import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from softmoe_train.commands.main import main
+from tests.forked import forked
 from tests.runs import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
@@ -56,7 +55,7 @@ def lines(text: str = README) -> list[Line]:
 
 
 def added(words: list[str]) -> list[str]:
-    """What makes a line small: a laptop's size where it reads `/data`, one round of a measurement."""
+    """What makes a line small: a laptop's size where it reads `/data`, few steps of each point of a sweep, a small model on many ranks, one round of a measurement."""
     rest = " ".join(words)
     if "softmoe train" in rest and "/data/" in rest:
         steps = ["steps=4", "schedule.warmup_steps=1"]
@@ -70,8 +69,13 @@ def added(words: list[str]) -> list[str]:
             else []
         )
         return [*shrunk, *steps, *own, *fewshot, "checkpoint.every=2", "data.workers=0"]
+    if words[:3] == ["softmoe", "train", "-m"]:
+        return ["steps=4", "schedule.warmup_steps=1"]
+    if words[:2] == ["softmoe", "plan"] and "ranks=64" in words:
+        return ["shrink=model"]  # the other line with a published model has its size
     if words[:2] == ["softmoe", "bench"]:
-        sizes = {"layer": ["images=1", "cases=4x1"], "infer": ["images=1"], "stream": ["data.workers=1"]}
+        experts = ["model.moe.num_experts=8"]  # 128 have gigabytes of weights
+        sizes = {"layer": ["images=1", "cases=4x1"], "infer": ["images=1", *experts], "stream": ["data.workers=1"]}
         return ["rounds=1", "warmup=0", *sizes.get(words[2], [])]
     return []
 
@@ -99,6 +103,12 @@ def prepare(folder: Path) -> None:
         (folder / "data" / part).symlink_to(f"photos/{part}")
 
 
+STARTED = [
+    next(line.text for line in lines() if line.text.startswith(launcher) and several in line.text)
+    for launcher, several in (("softmoe ", "processes=2"), ("torchrun ", ""))
+]
+
+
 class Done(NamedTuple):
     """How a line ended, and what it printed."""
 
@@ -107,23 +117,17 @@ class Done(NamedTuple):
 
 
 def run(line: Line, folder: Path) -> Done:
-    """Run one line in `folder`; in this process where it has no processes of its own."""
+    """Run one line in `folder`: the first of each launcher of several processes as a program, the others from a process that has the imports."""
     words = [word.replace("/data/", f"{folder}/data/") for word in [*line.words, *added(line.words)]]
     changes = {"WANDB_MODE": "disabled", "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    if words[0] == "softmoe" and "processes=2" not in words:
-        said = io.StringIO()
-        with (
-            contextlib.chdir(folder),
-            patch.dict(os.environ, changes),
-            contextlib.redirect_stdout(said),
-            contextlib.redirect_stderr(said),
-        ):
-            code = main(words[1:])
-        return Done(code, said.getvalue())
     at = words.index("softmoe")
-    launcher = [sys.executable, "-m", "torch.distributed.run", *words[1:at]] if at else []
+    module, rest = ("torch.distributed.run", [*words[1:at], *SOFTMOE]) if at else ("softmoe_train", [])
+    rest += words[at + 1 :]
+    if line.text not in STARTED:
+        done = forked(*rest, module=module, folder=folder, **changes)
+        return Done(done.returncode, done.stdout + done.stderr)
     done = subprocess.run(
-        [*launcher, *SOFTMOE, *words[at + 1 :]],
+        [sys.executable, "-m", module, *rest],
         cwd=folder, env=environment(**changes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     return Done(done.returncode, done.stdout)

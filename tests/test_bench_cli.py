@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from softmoe_train.commands.main import main
+from tests.forked import forked
 from tests.runs import environment
 from tests.unit.data.conftest import encoded, write_tar
 
@@ -75,11 +76,6 @@ def test_infer_compares_with_the_dense_twin(tmp_path: Path) -> None:
         assert row["images_per_second"]["soft"] == pytest.approx(row["images"] / row["seconds"]["soft"]["median"])
 
 
-def started(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "softmoe_train", "bench", *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-
-
 PARTS = ["data", "forward", "backward", "exchange", "reduce", "update", "step"]
 
 
@@ -116,7 +112,7 @@ def test_a_step_of_sparse_routers_is_measured_in_whole_groups(tmp_path: Path) ->
 def test_step_times_the_exchange_between_two_processes(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     more = ["parallel.sharding=fsdp", "micro_batches=2", "precision=bfloat16", "batch_size=8"]
-    done = started("step", "recipe=debug", "processes=2", *QUICK, f"out={out}", *more)
+    done = forked("bench", "step", "recipe=debug", "processes=2", *QUICK, f"out={out}", *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images/s") == 1, "one rank speaks"
     (row,) = read(out, "step")
@@ -126,7 +122,9 @@ def test_step_times_the_exchange_between_two_processes(tmp_path: Path) -> None:
 
 def test_exchange_is_measured_beside_the_collective(tmp_path: Path) -> None:
     out = tmp_path / "exchange.json"
-    done = started("exchange", "recipe=debug", "processes=2", "images=1,4", *QUICK, f"out={out}")
+    words = ["exchange", "recipe=debug", "processes=2", "images=1,4", *QUICK, f"out={out}"]
+    command = [sys.executable, "-m", "softmoe_train", "bench", *words]  # the real program; elsewhere here, its forks
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = read(out, "exchange")
     assert [row["images"] for row in rows] == [1, 4]
@@ -141,7 +139,7 @@ def test_exchange_is_measured_beside_the_collective(tmp_path: Path) -> None:
 def test_two_stages_and_the_bare_collective_each_count_their_own_bytes(tmp_path: Path) -> None:
     out = tmp_path / "exchange.json"
     stages = ["parallel.exchange=two_stage", "parallel.node_size=2", "processes=4", "images=1"]
-    done = started("exchange", "recipe=debug", *stages, *QUICK, f"out={out}")
+    done = forked("bench", "exchange", "recipe=debug", *stages, *QUICK, f"out={out}", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = read(out, "exchange")
     assert row["sent_bytes"] == 4 * row["slots_bytes"], "half inside the node and half between nodes"
@@ -256,8 +254,8 @@ def test_memory_that_cannot_be_had_ends_with_a_sentence(words: list[str], capsys
     assert "host memory could not be had; use " in told
 
 
-def test_a_rank_without_memory_says_so_itself() -> None:
-    done = started("exchange", "recipe=debug", "processes=2", f"images={HUGE}", *QUICK)
+def test_a_rank_without_memory_says_so_itself(tmp_path: Path) -> None:
+    done = forked("bench", "exchange", "recipe=debug", "processes=2", f"images={HUGE}", *QUICK, folder=tmp_path)
     assert done.returncode == 3
     lines = done.stderr.splitlines()
     assert lines

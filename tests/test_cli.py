@@ -11,6 +11,7 @@ import yaml
 
 from softmoe_train.commands.main import main
 from softmoe_train.faults.claim import claim
+from tests.forked import training
 from tests.runs import SHARED, run_here, softmoe, with_digits
 
 CIFAR = [f"data.train={SHARED}/cifar10-train-{{000000..000001}}.tar", f"data.test={SHARED}/cifar10-test-000000.tar"]
@@ -95,7 +96,7 @@ def test_every_setting_that_shapes_the_numbers_reaches_the_run(tmp_path: Path) -
 def test_a_run_folder_in_use_is_refused_with_its_owner(here: Path) -> None:
     short = ["recipe=debug", "steps=2", "schedule.warmup_steps=1", "observe.wandb.mode=disabled"]
     with claim(here / "runs" / "debug"):
-        done = softmoe(*short, folder=here, ok=False)  # a process does not lock itself out
+        done = training(*short, folder=here, ok=False)  # a process does not lock itself out
     assert done.returncode == 2
     assert f"run_dir=runs/debug is in use by process {os.getpid()} on " in done.stderr
     assert main(["train", *short]) == 0
@@ -114,7 +115,7 @@ def test_all_damaged_tars_are_told_in_one_message(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.tar").write_bytes(b"not a tar" * 100)
     data = ["data=cifar10", "data.streams=8", f"data.train={tmp_path}/*.tar", f"data.test={tmp_path}/a.tar"]
-    done = softmoe("recipe=debug", "processes=2", *data, folder=tmp_path, ok=False)
+    done = training("recipe=debug", "processes=2", *data, folder=tmp_path, ok=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.count("is not a whole, uncompressed tar") == 2
@@ -129,11 +130,11 @@ def test_an_unknown_verb_names_the_known_ones(capsys: pytest.CaptureFixture[str]
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
     run = ["recipe=debug", "processes=2", "checkpoint.every=4"]
-    softmoe(*run, "stop_after=8", folder=tmp_path)
+    training(*run, "stop_after=8", folder=tmp_path)
     checkpoints = tmp_path / "runs/debug/checkpoints"
     config = checkpoints / "step_00000008" / "config.json"
     config.write_text(config.read_text().replace('"seed": 0', '"seed": 1'))
-    done = softmoe(*run, "stop_after=12", folder=tmp_path)
+    done = training(*run, "stop_after=12", folder=tmp_path)
     assert "step_00000008 is damaged:\n  - config.json is not what COMPLETE.json says: it was changed" in done.stderr
     assert "resumed from runs/debug/checkpoints/step_00000004 at step 4 of 20" in done.stdout
     assert "in 2 files), data position 64; damaged, set aside: step_00000008\n" in done.stdout
@@ -147,11 +148,11 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: Path) -> None:
     run = ["recipe=debug", "processes=4", "parallel.expert_axis=4", "steps=8", "checkpoint.every=0"]
-    softmoe(*run, "stop_after=4", folder=tmp_path)
+    training(*run, "stop_after=4", folder=tmp_path)
     (tmp_path / "runs/debug/checkpoints/step_00000004/rank_00002.safetensors").unlink()
     metrics = (tmp_path / "runs/debug/metrics.jsonl").read_bytes()
     for ranks in (2, 1):
-        done = softmoe(*run, f"processes={ranks}", f"parallel.expert_axis={ranks}", folder=tmp_path, ok=False)
+        done = training(*run, f"processes={ranks}", f"parallel.expert_axis={ranks}", folder=tmp_path, ok=False)
         assert done.returncode == 3
         assert "Traceback" not in done.stderr
         assert "no checkpoint is left to resume from" in done.stderr
@@ -163,7 +164,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: P
 
 
 def test_the_run_folder_holds_what_the_readme_says_and_no_pickle(tmp_path: Path) -> None:
-    softmoe("recipe=debug", "processes=2", folder=tmp_path)
+    softmoe(
+        "recipe=debug", "processes=2", folder=tmp_path
+    )  # the real program; elsewhere here, a process with its imports
     run = tmp_path / "runs" / "debug"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["ended"] == "complete"
@@ -179,7 +182,7 @@ def test_the_run_folder_holds_what_the_readme_says_and_no_pickle(tmp_path: Path)
 def test_image_files_of_another_class_count_are_named(tmp_path: Path) -> None:
     if not SHARED.is_dir():
         pytest.skip("the image shards are not on this machine")
-    done = softmoe(
+    done = training(
         "recipe=cifar10", "shrink=laptop", *CIFAR, "model.num_classes=4", "data.max_broken=3", folder=tmp_path, ok=False
     )
     assert done.returncode == 3
@@ -189,13 +192,13 @@ def test_image_files_of_another_class_count_are_named(tmp_path: Path) -> None:
 
 @needs_cifar
 def test_cifar10_shrinks_to_a_laptop(tmp_path: Path) -> None:
-    done = softmoe("recipe=cifar10", "shrink=laptop", *CIFAR, folder=tmp_path)
+    done = training("recipe=cifar10", "shrink=laptop", *CIFAR, folder=tmp_path)
     assert "complete at step 40 of 40" in done.stdout
 
 
 @pytest.mark.full  # CI runs it whole
 def test_quickstart_shrinks_to_a_laptop(tmp_path: Path) -> None:
-    done = softmoe("recipe=quickstart", "shrink=laptop", folder=with_digits(tmp_path))
+    done = training("recipe=quickstart", "shrink=laptop", folder=with_digits(tmp_path))
     assert "complete at step 40 of 40" in done.stdout
 
 
@@ -204,15 +207,15 @@ def test_quickstart_shrinks_to_a_laptop(tmp_path: Path) -> None:
 def test_experts_learn_from_real_photographs(tmp_path: Path) -> None:
     """A hundred steps of the real recipe: well above chance (0.10), whatever the machine."""
     more = ["steps=100", "schedule.warmup_steps=10", "evals.upstream.every=0", "checkpoint.every=0"]
-    softmoe("recipe=cifar10", *CIFAR, *more, folder=tmp_path)
+    training("recipe=cifar10", *CIFAR, *more, folder=tmp_path)
     summary = json.loads((tmp_path / "runs/cifar10/summary.json").read_text())
     assert summary["metrics"]["upstream/test/top1"] > 0.2
 
 
 def test_a_second_folder_is_not_needed_to_start_again(tmp_path: Path) -> None:
-    softmoe("recipe=debug", "steps=4", "schedule.warmup_steps=1", folder=tmp_path)
+    training("recipe=debug", "steps=4", "schedule.warmup_steps=1", folder=tmp_path)
     shutil.rmtree(tmp_path / "runs/debug/checkpoints")
-    done = softmoe("recipe=debug", "steps=4", "schedule.warmup_steps=1", "seed=3", folder=tmp_path)
+    done = training("recipe=debug", "steps=4", "schedule.warmup_steps=1", "seed=3", folder=tmp_path)
     assert "resumed" not in done.stdout
     lines = (tmp_path / "runs/debug/metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3, "the first attempt's lines are gone: its steps come again"

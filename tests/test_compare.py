@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from softmoe_train.model.count import forward_flops
+from tests.forked import forked
 from tests.studies.compare import VARIANTS, main, planned
 
 TINY = [
@@ -15,9 +16,9 @@ TINY = [
 PAIR = ["Soft MoE", "Tokens Choice"]
 
 
-def tiny(out: Path, *words: str) -> int:
-    """The program with two variants, a seed each."""
-    return main([*TINY, f"out={out}", "seeds=1", f"variants={','.join(PAIR)}", *words])
+def words_of(out: Path) -> list[str]:
+    """What asks for two variants, a seed each."""
+    return [*TINY, f"out={out}", "seeds=1", f"variants={','.join(PAIR)}"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What it has left."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("compare")
-    assert tiny(folder) == 0
+    done = forked(*words_of(folder), module="tests.studies.compare", folder=folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -45,13 +47,13 @@ def test_every_variant_has_a_row_of_measures(out: Path) -> None:
 def test_what_is_complete_is_not_repeated(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = {path: path.stat().st_mtime_ns for path in out.glob("*/*/metrics.jsonl")}
     assert len(written) == 2
-    assert tiny(out) == 0
+    assert main(words_of(out)) == 0
     assert "2 runs of 4 steps, 2 complete already" in capsys.readouterr().out
     assert written == {path: path.stat().st_mtime_ns for path in out.glob("*/*/metrics.jsonl")}
 
 
 def test_a_folder_of_other_settings_is_refused(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny(out, "steps=5") == 1
+    assert main([*words_of(out), "steps=5"]) == 1
     assert "soft_moe/seed0 holds a run with other settings: steps=5 (was 4)" in capsys.readouterr().out
 
 

@@ -1,15 +1,14 @@
 """`softmoe eval`: a checkpoint measures what its run measured, on any layout, and mistakes are told before anything starts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from softmoe_train.commands.main import main
-from tests.runs import environment, run_here
+from tests.forked import forked
+from tests.runs import run_here
 from tests.unit.data.conftest import encoded, numbered_picture, write_tar
 
 QUIET = ["observe.wandb.mode=disabled", "observe.progress=off"]
@@ -58,8 +57,7 @@ def test_two_sharded_ranks_measure_the_same(run: Path) -> None:
         "parallel.expert_axis=2",
         "evals.upstream.batch_size=24",
     ]
-    command = [sys.executable, "-m", "softmoe_train", "eval", f"ckpt={run}", f"out={out}", *layout]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = forked("eval", f"ckpt={run}", f"out={out}", *layout, folder=run.parent)
     assert done.returncode == 0, done.stderr
     # Float32 logits of another order of sums: counts are equal, means nearly.
     assert json.loads(out.read_text())["metrics"] == pytest.approx(measured(run)["metrics"], rel=1e-5)

@@ -85,9 +85,24 @@ def test_rows_of_the_table_of_changes_compose() -> None:
         shlex.split(span) for span in spans if not span.startswith(("[", "sweep.", "rank", "the ", "data/", "N "))
     ]
     assert len(overrides) > 10
-    for words in overrides:
-        if all("=" in word for word in words) and "..." not in words:
-            compose(RunConfig, words, lambda _: [])
+    for words in together([words for words in overrides if all("=" in word for word in words) and "..." not in words]):
+        compose(RunConfig, words, lambda _: [])
+
+
+def together(rows: list[list[str]]) -> list[list[str]]:
+    """Rows of different records, composed at once: what is wrong with one is told by its name. What chooses a file is by itself."""
+    alone, groups = [], list[tuple[set[str], list[str]]]()
+    for words in {tuple(words): words for words in rows}.values():
+        keys = {word.partition("=")[0] for word in words}
+        if any("@" in key or (ROOT / "conf" / key).is_dir() for key in keys):
+            alone.append(words)
+            continue
+        records = {key.partition(".")[0] for key in keys}
+        group = next((group for group in groups if not group[0] & records), None)
+        if group is None:
+            groups.append(group := (set(), []))
+        group[0].update(records), group[1].extend(words)
+    return [*alone, *(words for _, words in groups)]
 
 
 def test_ablations_are_settings_of_the_paper_s_model() -> None:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Inductor is what every first torch.compile and every ZeRO optimizer imports; what is not installed is passed over.
 PRELOADED = [
     "torch.distributed.fsdp",
+    "torch.distributed.run",
     "torch._inductor.compile_fx",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "wandb",
     "pytest",
-    "softmoe_train.run",
+    "softmoe_train.commands.main",
     "tests.ranks.small",
+    "tests.forked",
 ]
 
 
@@ -40,9 +44,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     The default group is Gloo, each process has one thread, and nothing outlives the call. `fn` must be a module's own
     function; arguments and results are pickled (tensors on the CPU as they are, no DTensor). Raises RankFailedError.
     """
-    # Ranks are forked from a server that has imported what they need: seconds of each start, and there are many.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = server()
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
@@ -66,6 +68,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 if rank.is_alive():
                     rank.kill()
                 rank.join()
+
+
+def server() -> ForkServerContext:
+    """Whose processes are forked from a server that has imported what they need: seconds of each start, and there are many."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _main(
