@@ -60,7 +60,8 @@ def launched(processes: int, command: list[str], *, grace_seconds: int, told: tu
 
 
 if __name__ == "__main__":
-    loop.train_step = recorded
-    os.fsync = flushed
-    workers.launch_local = launched
+    if TRAIN_STEP.__module__ == loop.__name__:  # else this is a fork of a launcher, which has done it
+        loop.train_step = recorded
+        os.fsync = flushed
+        workers.launch_local = launched
     sys.exit(main(sys.argv[1:]))

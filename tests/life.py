@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from softmoe_train.checkpoint.folder import step_folders, step_of
 from tests.consumed import CONSUMED, SLOW_DISK
 from tests.runs import alive, command, environment
+from tests.under_way import UnderWay
 
 BATCH = 32
 EVERY = 3  # steps between saves
@@ -25,21 +27,28 @@ ORPHAN_SECONDS = 60.0  # a rank that still imports hears of its launcher's death
 
 
 class Life:
-    """One start of the run in `folder`, from the launcher's start to the end of its last process."""
+    """One start of the run in `folder`, from the launcher's start to the end of its last process; anew, or `forked` from a process with the imports."""
 
-    def __init__(self, folder: Path, name: str, steps: int, *more: str, slow_disk: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, name: str, steps: int, *more: str, slow_disk: float = 0.0, forked: bool = False
+    ) -> None:
         self.run, records = folder / name, folder / f"{name}_consumed"
         self.record = records / f"life_{len(list(records.glob('life_*'))):04d}"
         self.record.mkdir(parents=True)
         self.began, self.began_ns = time.monotonic(), time.time_ns()
-        line = [*command(*RUN, f"steps={steps}", f"run_dir={name}", *more)]
-        line[line.index("softmoe_train")] = "tests.consumed"
-        self.printed = folder / f"{name}.txt"
+        overrides = [*RUN, f"steps={steps}", f"run_dir={name}", *more]
         record = {CONSUMED: str(self.record), SLOW_DISK: str(slow_disk)}
-        with self.printed.open("w") as printed:
+        program = "tests.consumed"
+        if forked:
+            words = command(*overrides)[3:]
+            self.launcher = UnderWay(*words, folder=folder, module=program, modules=(program,), **record)
+            self.printed = [self.launcher.stdout, self.launcher.stderr]
+            return
+        self.printed = [folder / f"{name}.txt"]
+        with self.printed[0].open("w") as printed:
             self.launcher = subprocess.Popen(
-                line, cwd=folder, env=environment(**record), stdout=printed, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                [sys.executable, "-m", program, *command(*overrides)[3:]], cwd=folder, env=environment(**record),
+                stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def taken(self) -> list[int]:
@@ -60,7 +69,12 @@ class Life:
     def processes(self) -> dict[str, int]:
         """Those of this life by name: the launcher, and the ranks that it has started."""
         launcher, found = self.launcher.pid, {"launcher": self.launcher.pid}
-        for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        if isinstance(
+            self.launcher, UnderWay
+        ):  # a fork shows its server's environment, but children come in their order
+            return found | {f"rank {rank}": int(pid) for rank, pid in enumerate(children)}
+        for pid in children:
             words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             found |= {f"rank {word[5:].decode()}": int(pid) for word in words if word.startswith(b"RANK=")}
         return found
@@ -109,4 +123,4 @@ class Life:
 
     def said(self) -> str:
         """What the launcher and its ranks have printed."""
-        return self.printed.read_text()
+        return "".join(file.read_text() for file in self.printed)

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,14 @@ def same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def with_digits(folder: Path) -> Path:
     """`folder` with the digits' shards, where the quickstart looks for them; skips where scikit-learn is not installed."""
     pytest.importorskip("sklearn")
-    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", str(folder / "shards" / "digits")]
-    subprocess.run(maker, check=True, capture_output=True, env=environment())
+    shutil.copytree(_digits().name, folder / "shards" / "digits", dirs_exist_ok=True)
     return folder
+
+
+@cache
+def _digits() -> tempfile.TemporaryDirectory[str]:
+    """The shards, made once a process: to import scikit-learn takes seconds."""
+    made = tempfile.TemporaryDirectory(prefix="softmoe_digits_")
+    maker = [sys.executable, str(ROOT / "data" / "make_digits.py"), "--out", made.name]
+    subprocess.run(maker, check=True, capture_output=True, env=environment())
+    return made

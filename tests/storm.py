@@ -131,22 +131,26 @@ def storm(
     say: Callable[[str], None],
     slow_disk: float = 0.0,
     worlds: Sequence[int] = (2,),
+    forked: bool = False,
 ) -> dict[str, Any]:
-    """Run once without interruption and once through all kills, in a folder with the digits' shards; what was found and what is equal."""
+    """Run once without interruption and once through all kills, in a folder with the digits' shards; what was found and what is equal.
+
+    Each life is a start of the program, or `forked` from a process that has the imports.
+    """
     began = time.monotonic()
-    whole = Life(folder, "whole", steps, *more)
+    whole = Life(folder, "whole", steps, *more, forked=forked)
     assert whole.end({}) == 0, whole.said()
     say(f"the uninterrupted run took {steps} steps in {time.monotonic() - began:.1f} s")
     rows, complete = [], 0
     for kill in drawn(kills, steps, seed, list(worlds)):
-        life = Life(folder, "stormy", steps, *more, *kill.layout, slow_disk=slow_disk)
+        life = Life(folder, "stormy", steps, *more, *kill.layout, slow_disk=slow_disk, forked=forked)
         found = killed(life, kill)
         assert found is not None, f"the run ended before kill {kill.number}: ask for more steps\n{life.said()}"
         life.check_start(complete)
         complete = found.complete
         rows.append({**asdict(kill), **asdict(found)})
         say(told(kill, found))
-    last = Life(folder, "stormy", steps, *more)
+    last = Life(folder, "stormy", steps, *more, forked=forked)
     assert last.end({}) == 0, last.said()
     last.check_start(complete)
     mid_saves, seconds = sum(row["mid_save"] for row in rows), round(time.monotonic() - began)

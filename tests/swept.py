@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softmoe_train.checkpoint.folder import step_folders, step_of
+from tests.forked import forked as run_forked
 from tests.runs import alive, command, environment, metrics, same_bits, stored
+from tests.under_way import UnderWay
 
 STEPS, EVERY = 150, 10
 GRID = ["model.moe.num_experts=2,4,8", "model.moe.slots_per_expert=1,2,4"]
@@ -45,21 +47,30 @@ class Swept(NamedTuple):
         return entries(self.folder)
 
 
-def killed_and_run_again(folder: Path, words: list[str], points: int) -> Swept:
-    """Start a sweep, SIGKILL it (it alone) when `points` are complete and the next has a checkpoint, run it again to its end."""
+def killed_and_run_again(folder: Path, words: list[str], points: int, *, forked: bool = False) -> Swept:
+    """Start a sweep, SIGKILL it (it alone) when `points` are complete and the next has a checkpoint, run it again to its end.
+
+    It and its points are programs that are started, or are `forked` from a process that has their imports.
+    """
     line = [*command()[:4], "-m", *words, f"run_dir={folder}"]
-    process = subprocess.Popen(line, cwd=folder.parent, env=environment(), stdout=subprocess.DEVNULL)
+    if forked:
+        process = UnderWay(*line[3:], folder=folder.parent)
+    else:
+        process = subprocess.Popen(line, cwd=folder.parent, env=environment(), stdout=subprocess.DEVNULL)
     until(lambda: process.poll() is not None or (len(complete(folder)) >= points and cut_off(folder) is not None))
     below = descendants(process.pid)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(60)
     cut = cut_off(folder)
     assert below and cut is not None, "it was over before it could be killed"
     time.sleep(2.0)
     left = [pid for pid in below if alive(pid)]
     before, at = complete(folder), checkpoints(folder / cut)[-1]
     files = {path: path.stat().st_mtime_ns for name in before for path in (folder / name).rglob("*") if path.is_file()}
-    done = subprocess.run(line, cwd=folder.parent, env=environment(), capture_output=True, text=True, check=False)
+    if forked:
+        done = run_forked(*line[3:], folder=folder.parent)
+    else:
+        done = subprocess.run(line, cwd=folder.parent, env=environment(), capture_output=True, text=True, check=False)
     kept = all(path.stat().st_mtime_ns == when for path, when in files.items())
     return Swept(folder, before, cut, at, left, kept, done)
 

@@ -6,8 +6,9 @@ import PIL.Image
 import pytest
 
 from softmoe_train.commands.main import main
-from tests.runs import metrics, same_bits, softmoe, stored
+from tests.runs import metrics, same_bits, stored
 from tests.swept import SMALL, STEPS, Swept, killed_and_run_again, log, problems_of
+from tests.under_way import train
 
 WORDS = [*SMALL, "model.moe.num_experts=2,4", "sweep.fixed_slots=true"]
 
@@ -15,7 +16,7 @@ WORDS = [*SMALL, "model.moe.num_experts=2,4", "sweep.fixed_slots=true"]
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Two points of 8 slots each, the second of which was cut off."""
-    return killed_and_run_again(tmp_path_factory.mktemp("sweeps") / "mine", WORDS, 1)
+    return killed_and_run_again(tmp_path_factory.mktemp("sweeps") / "mine", WORDS, 1, forked=True)
 
 
 def test_a_killed_sweep_goes_on_and_repeats_nothing(swept: Swept) -> None:
@@ -26,7 +27,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(swept: Swept) -> None:
 def test_the_point_that_was_cut_off_has_the_bits_of_an_uninterrupted_run(swept: Swept, tmp_path: Path) -> None:
     assert f"resumed from {swept.folder}/num_experts=4/checkpoints/step_{swept.at:08d}" in log(swept.folder / swept.cut)
     words = ["model.moe.num_experts=4", "model.moe.slots_per_expert=2"]
-    softmoe(*SMALL, *words, "run_dir=whole", folder=tmp_path)  # with as many threads as the sweep's
+    train(*SMALL, *words, "run_dir=whole", folder=tmp_path)  # with as many threads as the sweep's
     assert same_bits(stored(swept.folder / swept.cut, STEPS), stored(tmp_path / "whole", STEPS))
 
 

@@ -18,7 +18,8 @@ from softmoe_train.config import compose
 from softmoe_train.settings import RunConfig
 from tests.nodes.agents import Agent
 from tests.ports import free_ports
-from tests.runs import ROOT, metrics, same_bits, softmoe, stored
+from tests.runs import ROOT, metrics, same_bits, stored
+from tests.under_way import train
 
 RUN = ["recipe=debug", "observe.every=1", "checkpoint.every=10", "checkpoint.keep_last=3", "evals.upstream.every=0"]
 Start = Callable[..., Agent]
@@ -62,7 +63,7 @@ def test_a_spare_node_takes_over_when_the_one_that_trains_is_lost(tmp_path: Path
         assert stays.end() == 0, stays.said
     assert re.search(r"resumed from elastic/checkpoints/step_000000[1-9]0 ", stays.said)
     assert "complete at step 150 of 150, 2250 images seen" in stays.said
-    softmoe(*run, "run_dir=whole", folder=tmp_path)
+    train(*run, "run_dir=whole", folder=tmp_path)
     assert each_step_once(tmp_path / "elastic")
     assert metrics(tmp_path / "elastic", "train/loss") == metrics(tmp_path / "whole", "train/loss")
     assert same_bits(stored(tmp_path / "elastic", 150), stored(tmp_path / "whole", 150))
@@ -87,7 +88,7 @@ def test_nodes_come_and_go_and_the_losses_are_those_of_an_undisturbed_run(tmp_pa
         os.kill(third.workers()[0], SIGKILL)
         first.wait_for("2 processes, expert axis 2", times=3)
         assert (first.end(), third.end()) == (0, 0), first.said + third.said
-    softmoe(*run, "run_dir=whole", folder=tmp_path)
+    train(*run, "run_dir=whole", folder=tmp_path)
     assert each_step_once(tmp_path / "elastic")
     ours, theirs = (metrics(tmp_path / name, "train/loss") for name in ("elastic", "whole"))
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -106,7 +107,7 @@ def test_a_killed_worker_brings_the_job_back_with_torchruns_own_settings(tmp_pat
             agent.wait_for(f"{times} of 3 restarts are used")
         assert agent.end() == 0, agent.said
     assert agent.said.count("resumed from killed/checkpoints/") == 3
-    softmoe(*run, "run_dir=whole", "processes=2", folder=tmp_path)
+    train(*run, "run_dir=whole", "processes=2", folder=tmp_path)
     assert each_step_once(tmp_path / "killed")
     assert same_bits(stored(tmp_path / "killed", 400), stored(tmp_path / "whole", 400))
 

@@ -71,12 +71,12 @@ def test_a_killed_run_goes_on_at_another_layout_with_the_same_samples(
         "data.train=null", "evals=[]", f"seed={seed}", f"data.keep.labels={kept}", "data.quarantine=bad.jsonl", "data.max_broken=10000",
         "data.mixture={few: {shards: few.tar, weight: 1, seed: 0}, many: {shards: many.tar, weight: 3, seed: 0}}",
     ]  # fmt: skip
-    life = Life(tmp_path, "run", STEPS, *data)
+    life = Life(tmp_path, "run", STEPS, *data, forked=True)
     life.until(lambda: life.complete() >= 6 and len(life.taken()) > 7, 0.01)
     life.end(life.send(signal.SIGKILL, "all"))
     killed_at, saved = max(life.taken()), life.complete()
     assert saved < killed_at < STEPS, life.said()
-    last = Life(tmp_path, "run", STEPS, *data, "processes=1", "parallel.expert_axis=1")
+    last = Life(tmp_path, "run", STEPS, *data, "processes=1", "parallel.expert_axis=1", forked=True)
     last.until(lambda: False, 0.05)
     assert last.end({}) == 0, last.said()
     assert last.taken()[0] == saved + 1

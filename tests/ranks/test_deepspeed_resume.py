@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tests.runs import metrics, softmoe
+from tests.runs import metrics
+from tests.under_way import train
 
 DEBUG = [
     "recipe=debug", "processes=2", "observe.every=1", "evals.upstream.every=0", "model.moe.expert_init=independent",
@@ -10,13 +11,13 @@ DEBUG = [
 
 
 def test_a_run_that_changes_its_engine_twice_keeps_its_losses(tmp_path: Path) -> None:
-    softmoe(*DEBUG, "run_dir=whole", "processes=1", folder=tmp_path)
+    train(*DEBUG, "run_dir=whole", "processes=1", folder=tmp_path)
     legs = [
         ["engine=deepspeed", "engine.zero_stage=2", "micro_batches=2", "stop_after=7"],
         ["engine=torch", "processes=1", "stop_after=14"],
         ["engine=deepspeed", "engine.zero_stage=1"],
     ]
-    said = [softmoe(*DEBUG, "run_dir=moved", *leg, folder=tmp_path) for leg in legs]
+    said = [train(*DEBUG, "run_dir=moved", *leg, folder=tmp_path) for leg in legs]
     assert "expert axis 2, DeepSpeed ZeRO 2, gradients summed at every micro-batch" in said[0].stdout
     assert "resumed from moved/checkpoints/step_00000014 at step 14 of 20" in said[2].stdout
     assert all("deepspeed" not in done.stderr.lower() and "deprecated" not in done.stderr for done in said), said

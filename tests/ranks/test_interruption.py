@@ -28,7 +28,9 @@ from softmoe_train.run import train
 from softmoe_train.settings import RunConfig
 from tests.ports import free_ports
 from tests.ranks.launch import run_ranks
-from tests.runs import alive, children_of, command, environment, metrics, same_bits, softmoe, stored, with_digits
+from tests.runs import alive, children_of, command, environment, metrics, same_bits, stored, with_digits
+from tests.under_way import UnderWay
+from tests.under_way import train as run_forked
 
 STEPS = 200
 # Nothing is saved but where the run ends, and every step is reported.
@@ -85,25 +87,31 @@ def ask_when_under_way(file: Path, number: int) -> None:
 
 
 class Started:
-    """A run under way, which takes steps already; `ranks` are its processes."""
+    """A run under way, which takes steps already; `ranks` are its processes. Forked from a process that has the imports, or started `anew`."""
 
-    def __init__(self, folder: Path, program: list[str], *, ranks: int = 2, **changes: str) -> None:
-        self.launcher = subprocess.Popen(
-            program, cwd=folder, env=environment(**changes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        assert self.launcher.stdout is not None
-        self.begun = ""
-        for line in self.launcher.stdout:
-            self.begun += line
-            if line.startswith("step"):
-                break
+    def __init__(self, folder: Path, program: list[str], *, ranks: int = 2, anew: bool = False, **changes: str) -> None:
+        _, _, module, *words = program
+        if anew:
+            self.launcher = subprocess.Popen(
+                program, cwd=folder, env=environment(**changes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+            assert self.launcher.stdout is not None
+            self.begun = ""
+            for line in self.launcher.stdout:
+                self.begun += line
+                if line.startswith("step"):
+                    break
+        else:
+            self.launcher = UnderWay(*words, folder=folder, module=module, **changes)
+            self.begun = self.launcher.until_printed("\nstep")
         self.ranks = children_of(self.launcher.pid) if ranks > 1 else [self.launcher.pid]
         assert len(self.ranks) == ranks, (self.begun, self.launcher.communicate())
 
     def end(self) -> int:
         self.out, self.err = self.launcher.communicate(timeout=60)
         assert not any(alive(rank) for rank in self.ranks)
+        assert self.launcher.returncode is not None
         return self.launcher.returncode
 
 
@@ -150,6 +158,7 @@ def test_whichever_ranks_are_asked_all_save_one_step_and_the_run_goes_on_bit_for
 
 
 def test_whatever_the_launcher_gets_a_step_is_saved_and_the_same_command_goes_on(folder: Path, whole: Path) -> None:
+    # The first is started as a program, the others are forked from a process that has its imports.
     ours, torchruns = (how(*DIGITS, "run_dir=asked") for how in (command, by_torchrun))
     ways: list[tuple[str, list[str], int, Callable[[Started], object]]] = [
         ("SIGTERM", ours, RESUME, as_slurm_does),
@@ -159,14 +168,14 @@ def test_whatever_the_launcher_gets_a_step_is_saved_and_the_same_command_goes_on
     ]
     step = 0
     for name, line, code, ask in ways:
-        run = Started(folder, line)
+        run = Started(folder, line, anew=not step)
         assert step == 0 or f"resumed from asked/checkpoints/step_{step:08d}" in run.begun
         ask(run)
         assert run.end() == code, (name, run.out, run.err)
         step = step_interrupted(folder / "asked", name, step)
         assert f"interrupted by {name} at step {step} of {STEPS}" in run.out
         assert code != RESUME or run.err == ""
-    softmoe(*DIGITS, "run_dir=asked", folder=folder)
+    run_forked(*DIGITS, "run_dir=asked", folder=folder)
     assert same_runs(folder / "asked", whole)
     history = json.loads((folder / "asked" / "summary.json").read_text())["history"]
     assert history["interruptions"] == {f"interrupted by {name}": n for name, n in Counter(w[0] for w in ways).items()}
@@ -186,16 +195,10 @@ def step_interrupted(run: Path, name: str, earlier: int) -> int:
 def test_ranks_without_a_launcher_of_ours_all_stop_when_one_of_them_is_told(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    other = subprocess.Popen(
-        command(*RUN),
-        cwd=tmp_path,
-        env=environment(**world, RANK="1", LOCAL_RANK="1"),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    other = UnderWay(*command(*RUN)[3:], folder=tmp_path, **world, RANK="1", LOCAL_RANK="1")
     main = Started(tmp_path, command(*RUN), ranks=1, **world, RANK="0", LOCAL_RANK="0")
     other.send_signal(SIGUSR1)
-    assert other.communicate(timeout=60) == (None, "")
+    assert other.communicate(timeout=60) == ("", "")
     assert (main.end(), other.returncode) == (RESUME, RESUME)
     step_interrupted(tmp_path / "runs" / "debug", "SIGUSR1", 0)
 
@@ -234,7 +237,7 @@ def test_a_save_that_does_not_end_in_its_grace_is_as_if_it_had_not_begun(
 ) -> None:
     monkeypatch.setenv(PROGRESS, str(tmp_path / "progress"))
     overrides = command(*RUN, "checkpoint.every=3", "checkpoint.grace=2")[3:]
-    run = Started(tmp_path, [sys.executable, "-c", SLOW_DISK, *overrides], ranks=1)
+    run = Started(tmp_path, [sys.executable, "-c", SLOW_DISK, *overrides], ranks=1, anew=True)
     checkpoints = tmp_path / "runs/debug/checkpoints"
     told = []
     while not (checkpoints / "step_00000006").exists():

@@ -8,27 +8,24 @@ from pathlib import Path
 import pytest
 
 from tests.runs import environment
+from tests.under_way import UnderWay
 
-LAUNCH = """
-import sys
-from softmoe_train.launching.local import launch_local
-worker = [sys.executable, "-m", "tests.ranks.planted", *sys.argv[2:]]
-sys.exit(launch_local(int(sys.argv[1]), worker, grace_seconds=2, told=(1, 2, 3)))
-"""
-PARITY = [sys.executable, "-m", "softmoe_train", "parity"]
+PLANTED = "tests.ranks.planted"
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    print(done.stdout, done.stderr)
-    return done
+def run(
+    *words: str, folder: Path, module: str = "softmoe_train", modules: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    program = UnderWay(*words, folder=folder, module=module, modules=modules)
+    out, err = program.communicate()
+    print(out, err)
+    assert program.returncode is not None
+    return subprocess.CompletedProcess(words, program.returncode, out, err)
 
 
 def test_two_processes_hold_and_programs_can_read_it(tmp_path: Path) -> None:
     overrides = ["recipe=quickstart", "shrink=model", "processes=2", "parallel.expert_axis=2", "out=proof.json"]
-    done = run([*PARITY, *overrides], tmp_path)
+    done = run("parity", *overrides, folder=tmp_path)
     assert done.returncode == 0
     assert "parity holds" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
@@ -61,8 +58,8 @@ def test_two_processes_hold_and_programs_can_read_it(tmp_path: Path) -> None:
 def test_a_planted_fault_is_caught_by_name(
     tmp_path: Path, fault: str, ranks: int, layout: list[str], first: str
 ) -> None:
-    command = [sys.executable, "-c", LAUNCH, str(ranks), fault, "parity", "recipe=debug", *layout]
-    done = run(command, tmp_path)
+    words = [str(ranks), "2", "1,2,3", PLANTED, fault, "parity", "recipe=debug", *layout]
+    done = run(*words, folder=tmp_path, module="tests.launch_program", modules=(PLANTED,))
     assert done.returncode == 1
     assert f"parity FAILS: {first}" in done.stdout
     assert "Traceback" not in done.stderr
@@ -73,13 +70,18 @@ def test_a_planted_fault_is_caught_by_name(
 
 def test_torchrun_starts_it_too(tmp_path: Path) -> None:
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--no-python"]
-    done = run([*torchrun, *PARITY, "recipe=debug", "precision=bfloat16", "parallel.sharding=fsdp"], tmp_path)
-    assert done.returncode == 0
+    parity = [sys.executable, "-m", "softmoe_train", "parity"]
+    done = subprocess.run(
+        [*torchrun, *parity, "recipe=debug", "precision=bfloat16", "parallel.sharding=fsdp"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("parity holds") == 1
 
 
 def test_mistakes_are_told_together_and_need_no_data(tmp_path: Path) -> None:
-    done = run([*PARITY, "recipe=cifar10", "processes=3", "out=no/folder.json", "parallel.expert_axis=2"], tmp_path)
+    mistaken = ["recipe=cifar10", "processes=3", "out=no/folder.json", "parallel.expert_axis=2"]
+    done = run("parity", *mistaken, folder=tmp_path)
     assert done.returncode == 2
     for said in (
         "out=no/folder.json: ",

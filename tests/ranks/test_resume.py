@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import metrics, same_bits, softmoe, stored, with_digits
+from tests.runs import metrics, same_bits, stored, with_digits
+from tests.under_way import train
 
 # Digits with random crops and a decode worker: order, augmentation and optimizer state all matter.
 DATA = [
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go(folder: Path, run: str, ranks: int, axis: int, *more: str) -> Path:
     layout = [f"run_dir={run}", f"processes={ranks}", f"parallel.expert_axis={axis}"]
-    softmoe(*DATA, *layout, *more, folder=folder)
+    train(*DATA, *layout, *more, folder=folder)
     return folder / run
 
 
@@ -97,7 +98,7 @@ def compare(whole: Path, other: Path, what: str) -> None:
 
 def test_a_finished_run_says_so_and_changes_nothing(folder: Path, whole: Path) -> None:
     before = stored(whole, 20), (whole / "metrics.jsonl").read_text()
-    done = softmoe(*DATA, "run_dir=whole", "processes=2", "parallel.expert_axis=2", folder=folder)
+    done = train(*DATA, "run_dir=whole", "processes=2", "parallel.expert_axis=2", folder=folder)
     assert "complete at step 20 of 20" in done.stdout
     assert same_bits(before[0], stored(whole, 20))
     assert before[1] == (whole / "metrics.jsonl").read_text()
@@ -105,10 +106,10 @@ def test_a_finished_run_says_so_and_changes_nothing(folder: Path, whole: Path) -
 
 def test_settings_that_shape_the_numbers_may_not_change(folder: Path, half: Path) -> None:
     name = copy_of(half, "changed")
-    done = softmoe(*DATA, f"run_dir={name}", "processes=2", "seed=5", "optim.clip_norm=2.0", folder=folder, ok=False)
+    done = train(*DATA, f"run_dir={name}", "processes=2", "seed=5", "optim.clip_norm=2.0", folder=folder, ok=False)
     assert done.returncode == 2
     (half.parent / name / "config.yaml").unlink()
-    again = softmoe(*DATA, f"run_dir={name}", "processes=2", "seed=5", "optim.clip_norm=2.0", folder=folder, ok=False)
+    again = train(*DATA, f"run_dir={name}", "processes=2", "seed=5", "optim.clip_norm=2.0", folder=folder, ok=False)
     assert again.stderr == done.stderr, "what counts is what the checkpoint was made with"
     assert (
         "run_dir=changed holds a run with other settings: optim.clip_norm=2.0 (was 1.0), seed=5 (was 0)" in done.stderr
@@ -117,14 +118,14 @@ def test_settings_that_shape_the_numbers_may_not_change(folder: Path, half: Path
 
 
 def test_a_run_cannot_end_before_its_newest_checkpoint(folder: Path, half: Path) -> None:
-    done = softmoe(*DATA, "run_dir=half", "processes=2", "steps=8", "allow_changes=true", folder=folder, ok=False)
+    done = train(*DATA, "run_dir=half", "processes=2", "steps=8", "allow_changes=true", folder=folder, ok=False)
     assert done.returncode == 2
     assert "steps=8: run_dir=half is at step 10 already" in done.stderr
 
 
 def test_other_images_are_not_taken_for_the_same_run(folder: Path, half: Path) -> None:
     name = copy_of(half, "other_data")
-    done = softmoe(
+    done = train(
         *DATA, f"run_dir={name}", "processes=2", "data.train=shards/digits/test-*.tar", folder=folder, ok=False
     )
     assert done.returncode == 2
@@ -142,7 +143,7 @@ def test_other_images_are_not_taken_for_the_same_run(folder: Path, half: Path) -
 def test_other_streams_of_which_no_batch_begins_at_the_position_are_refused(folder: Path, half: Path) -> None:
     name = copy_of(half, "other_streams")
     other = ["batch_size=28", "data.streams=28", "allow_changes=true"]
-    done = softmoe(*DATA, f"run_dir={name}", "processes=2", *other, folder=folder, ok=False)
+    done = train(*DATA, f"run_dir={name}", "processes=2", *other, folder=folder, ok=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "cursor=320 is not a multiple of data.streams=28" in done.stderr

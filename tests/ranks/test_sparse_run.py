@@ -13,7 +13,8 @@ from softmoe_train.config import compose
 from softmoe_train.dist import World
 from softmoe_train.run import train
 from softmoe_train.settings import RunConfig, check
-from tests.runs import ROOT, metrics, run_here, same_bits, softmoe, stored
+from tests.runs import ROOT, metrics, run_here, same_bits, stored
+from tests.under_way import train as run_forked
 
 # Noise, priority and losses are on, tokens are dropped; the last group of 30 held-out images is half padding.
 SHORT = [
@@ -70,7 +71,7 @@ def test_two_ranks_go_on_with_the_same_groups_noise_and_measures(runs: dict[str,
     moved = Path(shutil.copytree(runs["cut"], tmp_path / "moved"))
     more = ["processes=2", "micro_batches=2", "parallel.sharding=fsdp", f"run_dir={moved}"]
     idle = "model.moe.slots_per_expert=2"  # as it is
-    done = softmoe(*SHORT, f"model.moe.router={runs['router']}", idle, *more, folder=tmp_path)
+    done = run_forked(*SHORT, f"model.moe.router={runs['router']}", idle, *more, folder=tmp_path)
     assert done.stderr.count("model.moe.slots_per_expert changes nothing") == 1, "told once, by one rank"
     for name in (*MEASURES, "upstream/test/top1"):
         want, got = metrics(runs["whole"], name), metrics(moved, name)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,24 +14,23 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from softmoe_train.cores import usable_cores
-from softmoe_train.launching.local import ONE_SIGNAL_SECONDS, Ended, report_failure
+from softmoe_train.launching.local import ONE_SIGNAL_SECONDS, TOLD_CODES, Ended, launch_local, report_failure
 from softmoe_train.launching.worker import RESUME
+from tests.under_way import UnderWay
 
 ROOT = Path(__file__).resolve().parents[3]
-LAUNCH = """
-import sys
-from softmoe_train.launching.local import launch_local
-worker = [sys.executable, "-m", "tests.unit.launching.worker_program", *sys.argv[2:]]
-sys.exit(launch_local(2, worker, grace_seconds=int(sys.argv[1])))
-"""
+LAUNCH, WORKER = "tests.launch_program", "tests.unit.launching.worker_program"
+Launch = subprocess.Popen[str] | UnderWay
 
 
-def start(mode: str, folder: Path, grace: int = 2, **environment: str) -> subprocess.Popen[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+def start(mode: str, folder: Path, grace: int = 2, *, anew: bool = False) -> Launch:
+    """A launch of two workers, all forked from a process that has their imports, or started `anew`."""
+    words = ["2", str(grace), ",".join(map(str, TOLD_CODES)), WORKER, mode, str(folder)]
+    if not anew:
+        return UnderWay(*words, folder=ROOT, module=LAUNCH, modules=(WORKER,))
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(grace), mode, str(folder)],
+        [sys.executable, "-m", LAUNCH, *words],
         cwd=ROOT,
-        env=clean | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -38,9 +38,9 @@ def start(mode: str, folder: Path, grace: int = 2, **environment: str) -> subpro
     )
 
 
-def finish(launch: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(launch: Launch) -> tuple[int, str]:
     out, err = launch.communicate(timeout=60)
-    assert out == ""
+    assert out == "" and launch.returncode is not None
     return launch.returncode, err
 
 
@@ -82,16 +82,12 @@ def test_workers_form_one_group_and_end_well(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("chosen", [None, "5"])
-def test_each_worker_gets_its_share_of_the_cores_unless_the_user_chose(folder: Path, chosen: str | None) -> None:
+def test_each_worker_gets_its_share_of_the_cores_unless_the_user_chose(
+    folder: Path, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writes = f"import os; open({str(folder)!r} + '/' + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])"
-    program = f"""
-import sys
-from softmoe_train.launching.local import launch_local
-sys.exit(launch_local(2, [sys.executable, "-c", {writes!r}], grace_seconds=1))
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    environment |= {"OMP_NUM_THREADS": chosen} if chosen else {}
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    monkeypatch.setenv("OMP_NUM_THREADS", chosen) if chosen else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launch_local(2, [sys.executable, "-c", writes], grace_seconds=1) == 0
     share = str(max(1, usable_cores() // 2))
     assert [(folder / str(rank)).read_text() for rank in range(2)] == [chosen or share] * 2
 
@@ -203,7 +199,7 @@ def test_a_worker_that_ends_to_be_resumed_leaves_the_others_their_time(folder: P
 
 
 def test_a_killed_launcher_leaves_no_worker_and_no_decoder(folder: Path) -> None:
-    launch = start("decode", folder)
+    launch = start("decode", folder, anew=True)
     processes = pids(folder, "rank0", "rank1", "decode0", "decode1")
     assert all(map(is_running, processes))
     launch.kill()
@@ -212,22 +208,12 @@ def test_a_killed_launcher_leaves_no_worker_and_no_decoder(folder: Path) -> None
     launch.communicate()
 
 
-def test_a_launch_leaves_nothing_in_the_process_that_made_it(folder: Path) -> None:
-    program = f"""
-import os, signal, sys, tempfile
-from softmoe_train.launching.local import launch_local
-before = dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-code = launch_local(2, [sys.executable, "-c", "raise SystemExit(3)"], grace_seconds=1)
-assert code == 3, code
-assert before == (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
-assert os.listdir({str(folder)!r}) == []
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_launch_leaves_nothing_in_the_process_that_made_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings() -> tuple[dict[str, str], list[object]]:
+        return dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    before = settings()
+    assert launch_local(2, [sys.executable, "-c", "raise SystemExit(3)"], grace_seconds=1) == 3
+    assert before == settings()
+    assert list(folder.iterdir()) == []
