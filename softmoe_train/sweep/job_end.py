@@ -19,7 +19,7 @@ DISK_SECONDS = 15.0  # until what another host has written is seen here
 
 
 class JobEnd(NamedTuple):
-    """The outcome of a job, and whether its time was up, so that it is to go on by itself."""
+    """The outcome of a job, and whether its time was up or another job took its nodes, so that it is to go on by itself."""
 
     outcome: Outcome
     time_is_up: bool
@@ -58,7 +58,8 @@ def end_of(point: Point, number: str, folder: Path) -> JobEnd | None:
     if first.rank and outcome.state == "failed":
         log = point.folder / f"output.{first.rank}.log"
         outcome = outcome._replace(reason=f"rank {first.rank} {outcome.reason} ({log})")
-    return JobEnd(outcome, outcome.state == "interrupted" and first.asked != "SIGTERM")
+    cancelled = first.asked == "SIGTERM" and (state is None or state.startswith("CANCELLED"))  # and else preempted
+    return JobEnd(outcome, outcome.state == "interrupted" and not cancelled)
 
 
 def notes_of(number: str, folder: Path, restarts: int | None) -> list[Note]:
@@ -85,5 +86,5 @@ def _by_slurm(point: Point, number: str, folder: Path, state: str | None) -> Job
         return JobEnd(ended(point, 0), False)
     if state is None or state.startswith(OF_NO_POINT):
         reason = f"job {number} is gone at step {step_of_run(point)} ({state or 'SLURM has forgotten it'})"
-        return JobEnd(Outcome(point, "interrupted", None, reason), state == "TIMEOUT")
+        return JobEnd(Outcome(point, "interrupted", None, reason), state in ("TIMEOUT", "PREEMPTED"))
     return JobEnd(Outcome(point, "failed", 1, f"job {number} ended with {state}; its own output is in {folder}"), False)

@@ -80,11 +80,19 @@ def test_the_rank_that_failed_first_is_named_and_not_those_that_were_ended_by_it
 
 
 @pytest.mark.parametrize(
-    ("asked", "goes_on"), [("SIGUSR1", True), (None, True), ("SIGTERM", False)]
-)  # None: the run's own time_limit
-def test_a_job_whose_time_was_up_goes_on_and_one_that_somebody_cancelled_waits_for_them(
-    point: Point, tmp_path: Path, asked: str | None, goes_on: bool
+    ("asked", "state", "goes_on"),
+    [
+        ("SIGUSR1", None, True),
+        (None, None, True),  # the run's own time_limit
+        ("SIGTERM", "CANCELLED", False),
+        ("SIGTERM", "FAILED", True),  # preempted: it had saved before SLURM ended it
+        ("SIGTERM", None, False),  # SLURM has forgotten which
+    ],
+)
+def test_a_job_that_ran_out_of_time_or_was_preempted_goes_on_and_one_that_somebody_cancelled_waits_for_them(
+    point: Point, tmp_path: Path, slurm_says: Callable[..., None], asked: str | None, state: str | None, goes_on: bool
 ) -> None:
+    slurm_says(state)
     for rank in (0, 1):
         note(tmp_path, rank, RESUME, asked=asked)
     outcome, time_is_up = end(point, tmp_path)
