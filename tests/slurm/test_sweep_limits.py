@@ -145,7 +145,6 @@ def test_a_preempted_point_saves_and_goes_on(start) -> None:
     )
     sweep.until(lambda: sweep.release() or sweep.cluster.job(taker)["JobState"] == "COMPLETED")
     sweep.finish()
-    preempted = [point for point in POINTS if int(sweep.cluster.job(sweep.job(point))["Restarts"])]
-    assert preempted
-    for point in preempted:
+    for point in POINTS:  # each saved in time, so its job had ended before SLURM could requeue it
+        assert f"{point}: asked to end at step " in sweep.log.read_text()
         assert "interrupted by SIGTERM" in sweep.output(point) and "resumed from" in sweep.output(point)
