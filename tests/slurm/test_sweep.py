@@ -1,4 +1,4 @@
-"""A sweep over experts as jobs of two nodes each: cut off in the middle and run again, no point twice, all resumed."""
+"""A sweep over experts and slots as jobs of two nodes each: cut off in the middle and run again, no point twice, all resumed."""
 
 import json
 import stat
@@ -21,10 +21,10 @@ RUN = "runs/sweep"
 COMMAND = [
     sys.executable, "-m", "softmoe_train", "train", "-m", "hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2",
     "hydra.launcher.tasks_per_node=1", "hydra.launcher.timeout_min=10", "hydra.launcher.array_parallelism=2", "recipe=debug",
-    "parallel.expert_axis=2", "model.moe.num_experts=2,4,8", f"steps={STEPS}", "checkpoint.every=20",
+    "parallel.expert_axis=2", "model.moe.num_experts=4,8", "model.moe.slots_per_expert=1,2", f"steps={STEPS}", "checkpoint.every=20",
     "observe.every=10", "observe.wandb.mode=disabled", "sweep.cost=false", f"run_dir={RUN}",
 ]  # fmt: skip
-FIRST, SECOND, OTHER = [f"num_experts={experts}" for experts in (2, 4, 8)]
+FIRST, SECOND, *OTHERS = [f"num_experts={e}_slots_per_expert={s}" for e in (4, 8) for s in (1, 2)]
 PATIENCE = 400.0  # on a machine that does other things beside
 
 
@@ -56,7 +56,7 @@ def swept(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Swept:
             if label == FIRST:
                 cluster.ask("scontrol", "suspend", jobs[FIRST])  # or it would come to its end before anybody looks
     finally:
-        first.kill()  # in the middle of two points, one is still to be submitted
+        first.kill()  # in the middle of two points, two are still to be submitted
         first.wait()
     cluster.ask("scancel", jobs[SECOND])
     # As if the kill had come between the submission of the other and its note.
@@ -94,7 +94,7 @@ def log(folder: Path) -> str:
 
 
 def test_every_point_is_complete_over_two_nodes_and_no_job_ran_twice(cluster: Cluster, swept: Swept) -> None:
-    for label in (FIRST, SECOND, OTHER):
+    for label in (FIRST, SECOND, *OTHERS):
         summary = json.loads((swept.folder / label / "summary.json").read_text())
         assert (summary["ended"], summary["steps"]) == ("complete", STEPS)
         assert "2 processes, expert axis 2, replicated" in log(swept.folder / label)
@@ -103,7 +103,7 @@ def test_every_point_is_complete_over_two_nodes_and_no_job_ran_twice(cluster: Cl
         assert len(set(steps)) == len(steps) and set(range(10, STEPS + 1, 10)) <= set(steps)
     names = cluster.ask("scontrol", "--oneliner", "show", "job").splitlines()
     ours = [one.split("JobName=")[1].split()[0] for one in names if "JobName=softmoe-" in one]
-    assert Counter(name.split("-", 2)[2] for name in ours) == {FIRST: 1, SECOND: 2, OTHER: 1}
+    assert Counter(name.split("-", 2)[2] for name in ours) == {FIRST: 1, SECOND: 2, **dict.fromkeys(OTHERS, 1)}
 
 
 def test_a_job_that_the_killed_sweep_left_is_found_and_one_that_was_cancelled_goes_on(swept: Swept) -> None:
@@ -114,7 +114,7 @@ def test_a_job_that_the_killed_sweep_left_is_found_and_one_that_was_cancelled_go
     assert "resumed from runs/sweep/" in log(swept.folder / SECOND)
     ended = [(one["label"], one["state"]) for one in ledger(swept.folder) if one["event"] == "ended"]
     assert sorted(ended) == sorted(
-        [(SECOND, "interrupted"), *((label, "complete") for label in (FIRST, SECOND, OTHER))]
+        [(SECOND, "interrupted"), *((label, "complete") for label in (FIRST, SECOND, *OTHERS))]
     )
 
 
