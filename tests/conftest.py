@@ -1,16 +1,9 @@
 """Shapes that the annotations promise are checked at run time, in tests only; and it is told how many tests ran on a real SLURM."""
 
-import gc
-
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["softmoe_train.model", "softmoe_train.parallel.exchange"], "beartype.beartype")
-
-
-def pytest_collection_finish() -> None:
-    """Collections need not walk the million objects of the imports: a third of a second of every training, and forks copy none."""
-    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,6 +1,5 @@
 """This file owns how a test runs one function on several real Gloo processes."""
 
-import gc
 import os
 import pickle
 import signal
@@ -20,14 +19,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# Inductor is what every first torch.compile and every ZeRO optimizer imports; what is not installed is passed over.
 PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.run",
-    "torch._inductor.compile_fx",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
     "wandb",
-    "pytest",
     "softmoe_train.commands.main",
     "tests.ranks.small",
     "tests.forked",
@@ -81,7 +76,6 @@ def _main(
     fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, end: Connection, args: tuple
 ) -> None:
     try:
-        gc.freeze()  # a collection need not walk what the imports made: a second of each
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if Path("/sys/class/net/lo").exists() else "lo0")
         store = dist.FileStore(f"{folder}/store", world_size)
