@@ -4,7 +4,6 @@ All else is real: the launcher, the processes that it starts (each a fork of it 
 signals and output, and how they end. What is proved of a start itself starts the real program (tests/runs.py).
 """
 
-import gc
 import inspect
 import multiprocessing
 import os
@@ -101,7 +100,6 @@ def _as_new(module: str, words: list[str], environ: dict[str, str], output: list
         os.environ.update(environ)
         torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
         sys.argv[1:] = words
-        gc.unfreeze()
         code = _ended(module)
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         sys.stdout.flush(), sys.stderr.flush()
