@@ -70,9 +70,7 @@ class Life:
         """Those of this life by name: the launcher, and the ranks that it has started."""
         launcher, found = self.launcher.pid, {"launcher": self.launcher.pid}
         children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-        if isinstance(
-            self.launcher, UnderWay
-        ):  # a fork shows its server's environment, but children come in their order
+        if isinstance(self.launcher, UnderWay):  # a fork shows its server's environment; children come in their order
             return found | {f"rank {rank}": int(pid) for rank, pid in enumerate(children)}
         for pid in children:
             words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
