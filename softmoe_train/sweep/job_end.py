@@ -22,7 +22,7 @@ class JobEnd(NamedTuple):
     """The outcome of a job, and whether its time was up or another job took its nodes, so that it is to go on by itself."""
 
     outcome: Outcome
-    time_is_up: bool
+    goes_on: bool
 
 
 class Note(NamedTuple):

@@ -185,11 +185,11 @@ class SlurmJobs:
             end = self._close(job, ledger)
             if end is None:
                 continue
-            outcome, time_is_up = end
+            outcome, goes_on = end
             del self._active[label]
             self._happened = time.monotonic()
             failed_once = outcome.state == "failed" and outcome.code not in FOR_GOOD
-            ran_out = time_is_up and step_of_run(job.point) > job.since
+            ran_out = goes_on and step_of_run(job.point) > job.since
             if ran_out or (failed_once and given_up(job.point, ledger, self._retries) is None):
                 waiting.append(job.point)
                 self._show.tell(f"{label}: {outcome.reason}; it is submitted again")

@@ -74,8 +74,8 @@ def test_the_rank_that_failed_first_is_named_and_not_those_that_were_ended_by_it
     note(tmp_path, 1, 143, asked="SIGTERM", time=1.0)
     note(tmp_path, 2, 1, time=2.0)
     note(tmp_path, 3, 1, time=3.0)
-    outcome, time_is_up = end(point, tmp_path)
-    assert (outcome.state, outcome.code, time_is_up) == ("failed", 1, False)
+    outcome, again = end(point, tmp_path)
+    assert (outcome.state, outcome.code, again) == ("failed", 1, False)
     assert outcome.reason.startswith("rank 2 failed (exit code 1)") and "output.2.log" in outcome.reason
 
 
@@ -95,8 +95,8 @@ def test_a_job_that_ran_out_of_time_or_was_preempted_goes_on_and_one_that_somebo
     slurm_says(state)
     for rank in (0, 1):
         note(tmp_path, rank, RESUME, asked=asked)
-    outcome, time_is_up = end(point, tmp_path)
-    assert (outcome.state, time_is_up) == ("interrupted", goes_on)
+    outcome, again = end(point, tmp_path)
+    assert (outcome.state, again) == ("interrupted", goes_on)
 
 
 def test_only_the_last_start_of_a_requeued_job_counts(
@@ -104,18 +104,19 @@ def test_only_the_last_start_of_a_requeued_job_counts(
 ) -> None:
     note(tmp_path, 1, 1, restart=0)
     note(tmp_path, 0, RESUME, asked="SIGUSR1", restart=1)
-    assert end(point, tmp_path).time_is_up
+    assert end(point, tmp_path).goes_on
     (tmp_path / "7_2_0.json").write_text("{torn")  # there was a start 2, so what start 1 noted is not how the job ended
     slurm_says("OUT_OF_MEMORY")
     assert end(point, tmp_path).outcome.state == "failed"
     note(tmp_path, 0, RESUME, asked="SIGUSR1", restart=2)
-    assert end(point, tmp_path).time_is_up
+    assert end(point, tmp_path).goes_on
     slurm_says("NODE_FAIL", restarts=3)  # of which no task could note anything
     assert end(point, tmp_path)[1:] == (False,) and "NODE_FAIL" in end(point, tmp_path).outcome.reason
 
 
 @pytest.mark.parametrize(
-    ("state", "goes_on"), [("CANCELLED", False), ("NODE_FAIL", False), (None, False), ("TIMEOUT", True)]
+    ("state", "goes_on"),
+    [("CANCELLED", False), ("NODE_FAIL", False), (None, False), ("TIMEOUT", True), ("PREEMPTED", True)],
 )
 def test_of_a_job_that_had_itself_requeued_and_noted_nothing_since_slurm_decides(
     point: Point, tmp_path: Path, slurm_says: Callable[..., None], state: str | None, goes_on: bool
@@ -123,8 +124,8 @@ def test_of_a_job_that_had_itself_requeued_and_noted_nothing_since_slurm_decides
     note(tmp_path, 0, RESUME, asked="SIGUSR1", requeued=True)
     note(tmp_path, 1, RESUME, asked="SIGUSR1")
     slurm_says(state)
-    outcome, time_is_up = end(point, tmp_path)
-    assert (outcome.state, time_is_up) == ("interrupted", goes_on)
+    outcome, again = end(point, tmp_path)
+    assert (outcome.state, again) == ("interrupted", goes_on)
     assert (state or "forgotten") in outcome.reason
 
 
@@ -149,8 +150,8 @@ def test_of_a_job_without_notes_slurm_decides(
     point: Point, tmp_path: Path, slurm_says: Callable[..., None], state: str | None, became: str
 ) -> None:
     slurm_says(state)
-    outcome, time_is_up = end(point, tmp_path)
-    assert (outcome.state, time_is_up) == (became, state == "TIMEOUT")
+    outcome, again = end(point, tmp_path)
+    assert (outcome.state, again) == (became, state == "TIMEOUT")
     assert "job 7" in outcome.reason
 
 
